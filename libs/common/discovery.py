@@ -1,0 +1,219 @@
+"""Who is alive and what they serve, kept in etcd under leases.
+
+Registering and watching both go on for ever: they start before etcd does if need be, and outlive
+its restarts. Meanwhile everyone keeps what they last knew, since a worker does not stop serving
+because etcd is away; who really is gone is noticed by the connection to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Generic, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+import aetcd
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from libs.common import logs
+from libs.common.tasks import background
+from switchgear.discovery.v1 import discovery_pb2
+
+log = logs.get(__name__)
+
+LEASE_SECONDS = 10
+"""How long after a process's last sign of life others may still believe in it."""
+
+KEEP_ALIVE_SECONDS = LEASE_SECONDS / 3
+CALL_SECONDS = 3
+RETRY_SECONDS = 0.5
+
+T = TypeVar("T", bound=Message)
+Key = tuple[str, ...]
+"""Path segments after the watched prefix."""
+
+
+def new_instance_id() -> int:
+    """A random 64-bit id, drawn once per process. Never 0, which means none."""
+    return random.getrandbits(64) or 1
+
+
+def component(role: discovery_pb2.Role.ValueType) -> str:
+    """A role's name in keys, flags and process names, such as decode_worker."""
+    return discovery_pb2.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+class Table(Generic[T]):
+    """What is under a prefix, as last known. Changes only on the event loop."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Key, T] = {}
+        self.was_read = asyncio.Event()
+        """Set once etcd has been read in full."""
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls the listener after every change, from now on. It must not raise."""
+        self._listeners.append(listener)
+
+    def values(self) -> Iterable[T]:
+        """All entries, in no order."""
+        return self.entries.values()
+
+    def replace(self, entries: dict[Key, T]) -> None:
+        """Sets everything at once, as a watcher or a test does."""
+        changed = entries != self.entries
+        self.entries = entries
+        self.was_read.set()
+        if changed:
+            for listener in self._listeners:
+                listener()
+
+
+class Discovery:
+    """One namespace's keys in one etcd."""
+
+    def __init__(self, etcd_url: str, namespace: str) -> None:
+        """Does not connect yet. `etcd_url` is http://host:port."""
+        url = urlsplit(etcd_url)
+        self._host = url.hostname or "127.0.0.1"
+        self._port = url.port or 2379
+        self._url = etcd_url
+        self._root = f"/switchgear/v1/{namespace}/"
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[aetcd.Client]:
+        client = aetcd.Client(
+            host=self._host,
+            port=self._port,
+            timeout=CALL_SECONDS,
+            options={
+                "grpc.keepalive_time_ms": 5_000,
+                "grpc.keepalive_timeout_ms": 3_000,
+                "grpc.initial_reconnect_backoff_ms": 100,
+                "grpc.max_reconnect_backoff_ms": 1_000,
+                "grpc.use_local_subchannel_pool": 1,
+                "grpc.enable_http_proxy": 0,
+            },
+        )
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await client.connect()
+            yield client
+        finally:
+            # A peer that is away must not hold up our own shutdown.
+            with suppress(TimeoutError, aetcd.ClientError):
+                async with asyncio.timeout(CALL_SECONDS):
+                    await client.close()
+
+    @asynccontextmanager
+    async def registered(
+        self, instance: discovery_pb2.Instance, cards: Iterable[discovery_pb2.ModelCard] = ()
+    ) -> AsyncIterator[None]:
+        """Keeps a process, and the models it serves, registered while the body runs.
+
+        Returns at once; registering happens, and happens again, in the background. At the end the
+        lease is revoked, so that others know at once.
+        """
+        instance_id = f"{instance.instance_id:016x}"
+        keys = {f"instances/{component(instance.role)}/{instance_id}": _to_json(instance)}
+        for card in cards:
+            keys[f"models/{quote(card.model, safe='')}/{instance_id}"] = _to_json(card)
+        async with background(self._keep_registered(keys)):
+            yield
+
+    async def _keep_registered(self, keys: Mapping[str, bytes]) -> None:
+        while True:
+            try:
+                async with self._client() as client:
+                    lease = await client.lease(LEASE_SECONDS)
+                    try:
+                        for key, value in keys.items():
+                            await client.put((self._root + key).encode(), value, lease=lease)
+                        log.info("registered", keys=sorted(keys))
+                        await self._keep_alive(lease)
+                        log.warning("lease lost", keys=sorted(keys))
+                    except asyncio.CancelledError:
+                        with suppress(aetcd.ClientError):
+                            await lease.revoke()
+                        raise
+            except (aetcd.ClientError, OSError, TimeoutError) as error:
+                log.warning("etcd unavailable", url=self._url, error=repr(error))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _keep_alive(self, lease: aetcd.Lease) -> None:
+        """Returns when etcd no longer knows the lease; raises when etcd can't be reached."""
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if (await lease.refresh()).TTL <= 0:
+                return
+
+    @asynccontextmanager
+    async def watching(self, prefix: str, message: type[T]) -> AsyncIterator[Table[T]]:
+        """A table of what is under `prefix` (such as "models/"), kept up to date while the body
+        runs. Entries that can't be read are left out, with a log line."""
+        table: Table[T] = Table()
+        async with background(self._watch(prefix, message, table)):
+            yield table
+
+    async def _watch(self, prefix: str, message: type[T], table: Table[T]) -> None:
+        while True:
+            try:
+                async with self._client() as client:
+                    await self._follow(client, prefix, message, table)
+            except (aetcd.ClientError, OSError, TimeoutError) as error:
+                log.warning("etcd unavailable", url=self._url, error=repr(error))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _follow(
+        self, client: aetcd.Client, prefix: str, message: type[T], table: Table[T]
+    ) -> None:
+        """Reads everything, then follows changes. Returns or raises when the watch ends."""
+        root = (self._root + prefix).encode()
+        found = await client.get_prefix(root)
+        entries: dict[Key, T] = {}
+        for item in found:
+            if (value := _parse(item.key, item.value, message)) is not None:
+                entries[_key(root, item.key)] = value
+        # After an outage an empty etcd says nothing yet about who is alive: processes re-register
+        # within a keep-alive. What is missing is dropped only if it stays away that long.
+        missing = {key: value for key, value in table.entries.items() if key not in entries}
+        table.replace({**missing, **entries})
+        watch = await client.watch_prefix(root, start_revision=found.header.revision + 1)
+        async with background(_drop_later(table, missing)):
+            async for event in watch:
+                key = _key(root, event.kv.key)
+                changed = dict(table.entries)
+                if event.kind == aetcd.rtypes.EventKind.DELETE:
+                    changed.pop(key, None)
+                    missing.pop(key, None)
+                elif (value := _parse(event.kv.key, event.kv.value, message)) is not None:
+                    changed[key] = value
+                    missing.pop(key, None)
+                table.replace(changed)
+
+
+async def _drop_later(table: Table[T], missing: Mapping[Key, T]) -> None:
+    await asyncio.sleep(LEASE_SECONDS)
+    if missing:
+        log.info("entries did not come back", keys=["/".join(key) for key in missing])
+        table.replace({key: value for key, value in table.entries.items() if key not in missing})
+
+
+def _key(root: bytes, key: bytes) -> Key:
+    return tuple(unquote(part) for part in key[len(root) :].decode().split("/"))
+
+
+def _to_json(message: Message) -> bytes:
+    return json_format.MessageToJson(message, indent=None).encode()
+
+
+def _parse(key: bytes, value: bytes, message: type[T]) -> T | None:
+    try:
+        return json_format.Parse(value, message(), ignore_unknown_fields=True)
+    except (json_format.ParseError, UnicodeDecodeError) as error:
+        log.error("unreadable entry", key=key.decode(errors="replace"), error=str(error))
+        return None

@@ -1,0 +1,144 @@
+"""Failures that callers can act on. One class holds a failure's gRPC code, HTTP status and reason,
+so that nothing can drift between hops. Any other exception is a bug.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar
+
+from grpc import StatusCode
+
+
+class SwitchgearError(Exception):
+    """A failure the caller can act on.
+
+    The message is for people and names what was wrong; `param` names the request field in the
+    caller's own terms, where there is one.
+    """
+
+    code: ClassVar[StatusCode] = StatusCode.INTERNAL
+    http: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    reason: ClassVar[str] = "INTERNAL"
+    is_retryable: ClassVar[bool] = False
+    """Whether the same request may succeed later, or on another worker."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InternalError(SwitchgearError):
+    """A bug on the other side of a hop. Its text stays in the logs."""
+
+
+class InvalidRequest(SwitchgearError):
+    """A parameter is missing, malformed or out of range."""
+
+    code, http, reason = StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST, "INVALID_REQUEST"
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt plus output exceed the model's context."""
+
+    reason = "CONTEXT_TOO_LONG"
+
+
+class ModelNotFound(SwitchgearError):
+    """Nobody serves a model of that name."""
+
+    code, http, reason = StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND, "MODEL_NOT_FOUND"
+
+
+class Overloaded(SwitchgearError):
+    """Queues are full; nothing was spent on the request."""
+
+    code, http, reason = (
+        StatusCode.RESOURCE_EXHAUSTED,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "OVERLOADED",
+    )
+    is_retryable = True
+
+
+class NoLiveInstance(SwitchgearError):
+    """The model is known, but who is needed to serve it is not there just now."""
+
+    code, http, reason = (
+        StatusCode.UNAVAILABLE,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "NO_LIVE_INSTANCE",
+    )
+    is_retryable = True
+
+
+class WorkerLost(SwitchgearError):
+    """The instance that had the request died, or drained it, before it was done."""
+
+    code, http, reason = StatusCode.ABORTED, HTTPStatus.SERVICE_UNAVAILABLE, "WORKER_LOST"
+    is_retryable = True
+
+
+class TransferFailed(SwitchgearError):
+    """KV could not be pulled. The decode worker computes the prompt itself."""
+
+    code, http, reason = StatusCode.ABORTED, HTTPStatus.SERVICE_UNAVAILABLE, "TRANSFER_FAILED"
+    is_retryable = True
+
+
+class DeadlineExceeded(SwitchgearError):
+    """The time that the caller allowed is over."""
+
+    code, http, reason = (
+        StatusCode.DEADLINE_EXCEEDED,
+        HTTPStatus.GATEWAY_TIMEOUT,
+        "DEADLINE_EXCEEDED",
+    )
+
+
+class ProtocolViolation(SwitchgearError):
+    """A peer service broke the session protocol. Ends the session, not the process."""
+
+    code, http, reason = (
+        StatusCode.INVALID_ARGUMENT,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "PROTOCOL_VIOLATION",
+    )
+
+
+BY_REASON: dict[str, type[SwitchgearError]] = {
+    error.reason: error
+    for error in (
+        InternalError,
+        InvalidRequest,
+        ContextTooLong,
+        ModelNotFound,
+        Overloaded,
+        NoLiveInstance,
+        WorkerLost,
+        TransferFailed,
+        DeadlineExceeded,
+        ProtocolViolation,
+    )
+}
+"""Every class that can arrive over a hop."""
+
+
+def error_of(
+    reason: str,
+    message: str,
+    *,
+    param: str | None = None,
+    retry_after_seconds: float | None = None,
+) -> SwitchgearError:
+    """The error that a reason from another hop stands for; an unknown one is a bug there."""
+    error_class = BY_REASON.get(reason, InternalError)
+    return error_class(message, param=param, retry_after_seconds=retry_after_seconds)

@@ -1,0 +1,79 @@
+"""What every service does around its own work: metrics, gRPC, registration, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+
+import grpc
+
+from libs.common import logs
+from libs.common.config import ServiceSettings
+from libs.common.discovery import Discovery, component, new_instance_id
+from libs.common.grpc_server import GrpcServer, serving
+from libs.common.metrics import serving_metrics
+from switchgear.discovery.v1 import discovery_pb2
+
+log = logs.get(__name__)
+
+IDLE_POLL_SECONDS = 0.05
+
+
+@asynccontextmanager
+async def offering(
+    settings: ServiceSettings,
+    discovery: Discovery,
+    role: discovery_pb2.Role.ValueType,
+    add_services: Callable[[grpc.aio.Server], None],
+    service_names: Sequence[str],
+    *,
+    drain: Callable[[], Awaitable[None]],
+    instance_id: int | None = None,
+    cards: Iterable[discovery_pb2.ModelCard] = (),
+    has_metrics_server: bool = True,
+) -> AsyncIterator[GrpcServer]:
+    """Serves gRPC and metrics and is registered while the body runs.
+
+    At the end, in this order: out of discovery and NOT_SERVING, `drain`, server stopped. Raises
+    OSError when a port is taken.
+    """
+    host = settings.reachable_host
+    metrics = (
+        serving_metrics(settings.host, settings.metrics_port)
+        if has_metrics_server
+        else nullcontext(0)
+    )
+    with metrics as metrics_port:
+        async with serving(
+            settings.host, settings.grpc_port, add_services, service_names
+        ) as server:
+            instance = discovery_pb2.Instance(
+                instance_id=instance_id or new_instance_id(),
+                role=role,
+                name=settings.name or f"{component(role)}-{server.port}",
+                address=f"{host}:{server.port}",
+                metrics_address=f"{host}:{metrics_port}" if metrics_port else "",
+            )
+            async with discovery.registered(instance, cards):
+                await server.set_serving(True)
+                log.info(
+                    "serving",
+                    address=instance.address,
+                    metrics_address=instance.metrics_address,
+                    instance_id=f"{instance.instance_id:016x}",
+                )
+                yield server
+            await server.set_serving(False)
+            await drain()
+
+
+async def until_idle(is_idle: Callable[[], bool], limit_seconds: float) -> None:
+    """Waits until nothing is on its way, or the limit is over."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit_seconds
+    while not is_idle():
+        if loop.time() >= deadline:
+            log.warning("drain limit reached with requests on their way", seconds=limit_seconds)
+            return
+        await asyncio.sleep(IDLE_POLL_SECONDS)
