@@ -1,0 +1,1 @@
+"""The engine interface and its adapters: vLLM and the simulator."""

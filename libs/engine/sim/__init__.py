@@ -1,0 +1,1 @@
+"""An engine without weights: real KV accounting and scheduling, pretended computing."""

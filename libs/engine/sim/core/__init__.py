@@ -1,0 +1,1 @@
+"""The simulator without I/O, clock or randomness: time passes as an argument."""
