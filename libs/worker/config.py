@@ -1,0 +1,67 @@
+"""Settings that prefill and decode workers share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from libs.common.config import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """One engine and how it is offered."""
+
+    engine: Literal["vllm", "sim"] = "vllm"
+    """vllm runs the model; sim keeps the books and the time of an engine without computing."""
+
+    model: Path
+    """Folder with the model in Hugging Face's format. The simulator reads only its tokenizer."""
+
+    served_model_name: str = ""
+    """Name that clients use. Default: the folder's name."""
+
+    model_aliases: list[str] = Field(default_factory=list)
+    """Other names for it."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of weights and KV; auto takes the model's own."""
+
+    block_size_tokens: int = Field(default=0, ge=0)
+    """Tokens per KV block; 0 takes the engine's default. All workers of a model must agree."""
+
+    max_model_len_tokens: int = Field(default=0, ge=0)
+    """Prompt and output together; 0 takes the model's own limit."""
+
+    kv_cache_bytes: int = Field(default=0, ge=0)
+    """Memory for KV on a CPU, or overriding the share of a GPU; 0 takes the engine's default."""
+
+    max_running_requests: int = Field(default=0, ge=0)
+    """Sequences in one batch; 0 takes the engine's default."""
+
+    max_waiting_requests: int = Field(default=1024, ge=1)
+    """Requests that may wait for the batch; more are refused, retryably."""
+
+    nixl_port: int = Field(default=0, ge=0, le=65535)
+    """Port on which a vLLM worker offers its KV to others; 0 takes a free one."""
+
+    transfer_timeout_seconds: float = Field(default=5.0, gt=0)
+    """Longest pull of one prompt's KV before the worker computes the prompt itself."""
+
+    kv_lease_seconds: float = Field(default=30.0, gt=1)
+    """How long a computed prompt's KV is kept for a pull."""
+
+    sim_timing: Literal["default", "fixed", "dynamo_mocker"] = "default"
+    """Timing model of the simulator; fixed takes `sim_step_ms` for every step."""
+
+    sim_step_ms: float = Field(default=6.0, gt=0)
+    """Length of a step with `sim_timing` fixed, in milliseconds."""
+
+    sim_kv_tokens: int = Field(default=524_288, ge=1024)
+    """KV capacity of the simulator, in tokens."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_model_name or self.model.resolve().name

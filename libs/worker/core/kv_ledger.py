@@ -1,0 +1,239 @@
+"""What a worker's KV cache holds, told in sequence hashes. No I/O, clock or logging in here.
+
+Theory of operation. An engine names blocks by hashes of its own, may hold several copies of a
+block, and may drop a block while keeping those that follow it. Readers are promised something
+simpler: each block is held or not, and holding one implies holding all before it. So the ledger
+keeps two facts for each block:
+
+    held        the engine has at least one copy
+    published   held, and the block before it is published (or there is none)
+
+and tells readers of changes to `published` only. When the engine drops a block in the middle, its
+published descendants are removed with it, deepest first; when it comes back, the descendants that
+are still held are stored again. Blocks form a tree, since a sequence hash names all before it. A
+dropped block stays in the tree, neither held nor published, while it has descendants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import assert_never
+
+from libs.common.hashing import chain, local_hashes, seed_of
+from libs.common.kv_events import (
+    BlocksRemoved,
+    BlocksStored,
+    CacheCleared,
+    KvBatch,
+    KvEvent,
+    KvSnapshot,
+    SequenceHash,
+)
+from libs.engine.interface import (
+    EngineBlocksRemoved,
+    EngineBlocksStored,
+    EngineCacheCleared,
+    EngineHash,
+    EngineKvEvent,
+)
+
+MAX_EVENT_BLOCKS = 8_192
+MAX_BATCH_BLOCKS = 8 * MAX_EVENT_BLOCKS
+"""Half a MiB of hashes: NATS takes messages of up to 1 MiB unless told otherwise."""
+
+
+class _Block:
+    """A node of the tree."""
+
+    __slots__ = ("children", "copies", "is_published", "parent", "sequence_hash")
+
+    def __init__(self, sequence_hash: SequenceHash, parent: _Block | None) -> None:
+        self.sequence_hash = sequence_hash
+        self.parent = parent
+        self.children: dict[SequenceHash, _Block] = {}
+        self.copies = 0
+        """How many the engine has, under whichever of its hashes."""
+        self.is_published = False
+
+    def published_subtree(self) -> Iterator[_Block]:
+        """This block, which is published, and its published descendants; parents first."""
+        stack = [self]
+        while stack:
+            block = stack.pop()
+            yield block
+            stack.extend(child for child in block.children.values() if child.is_published)
+
+
+class KvLedger:
+    """One cache's account, from when it was empty."""
+
+    def __init__(self, block_size_tokens: int, *, epoch: int) -> None:
+        """The epoch must be larger than that of any ledger this worker kept before."""
+        self._block_size_tokens = block_size_tokens
+        self._epoch = epoch
+        self._sequence_number = 0
+        self._blocks: dict[SequenceHash, _Block] = {}
+        self._copies: dict[EngineHash, list[_Block]] = {}
+        """A list as long as the engine has copies under that hash."""
+        self._changes: list[tuple[type[BlocksStored | BlocksRemoved], list[SequenceHash]]] = []
+        """Published changes that are not numbered yet, oldest first."""
+        self._is_clear_pending = False
+        """Whether CacheCleared comes before those."""
+        self.published_blocks = 0
+        self.unhashed_blocks = 0
+        """Stored by the engine but never told to readers, since the block before is not known or
+        the tokens are not those of full blocks: so many since the beginning."""
+
+    def apply(self, events: Iterable[EngineKvEvent]) -> None:
+        """Takes the engine's changes, in order.
+
+        An engine tells of every copy: a block stored twice is there until it is removed twice.
+        Removing what is not there changes nothing.
+        """
+        for event in events:
+            match event:
+                case EngineBlocksStored():
+                    self._store(event)
+                case EngineBlocksRemoved():
+                    for engine_hash in event.engine_hashes:
+                        self._remove(engine_hash)
+                case EngineCacheCleared():
+                    self._clear()
+                case _:
+                    assert_never(event)
+
+    def cut(self) -> list[KvBatch]:
+        """Numbers the changes since the last cut: one batch as a rule, none without changes,
+        several when one would grow too large for a message."""
+        events: list[KvEvent] = [CacheCleared()] if self._is_clear_pending else []
+        batches: list[KvBatch] = []
+        blocks = 0
+        for make, hashes in self._changes:
+            if blocks + len(hashes) > MAX_BATCH_BLOCKS:
+                batches.append(self._number(events))
+                events, blocks = [], 0
+            events.append(make(tuple(hashes)))
+            blocks += len(hashes)
+        if events:
+            batches.append(self._number(events))
+        self._changes.clear()
+        self._is_clear_pending = False
+        return batches
+
+    def heartbeat(self) -> KvBatch:
+        """Repeats the number of the last batch."""
+        return KvBatch(self._epoch, self._sequence_number)
+
+    def snapshot(self) -> KvSnapshot:
+        """All published blocks, as of the last batch: nothing may have changed since the cut."""
+        assert not self._changes, "cut first"
+        assert not self._is_clear_pending, "cut first"
+        hashes = [
+            block.sequence_hash
+            for root in self._blocks.values()
+            if root.parent is None and root.is_published
+            for block in root.published_subtree()
+        ]
+        return KvSnapshot(self._epoch, self._sequence_number, hashes)
+
+    def _number(self, events: Sequence[KvEvent]) -> KvBatch:
+        self._sequence_number += 1
+        return KvBatch(self._epoch, self._sequence_number, tuple(events))
+
+    def _store(self, event: EngineBlocksStored) -> None:
+        parent: _Block | None = None
+        if event.parent is not None:
+            copies = self._copies.get(event.parent)
+            if copies is None:
+                self.unhashed_blocks += len(event.engine_hashes)
+                return
+            parent = copies[0]
+        seed = seed_of(lora_name=event.lora_name, cache_salt=event.cache_salt)
+        sequence_hashes = chain(
+            local_hashes(event.token_ids, self._block_size_tokens, seed),
+            None if parent is None else parent.sequence_hash,
+        )
+        if len(sequence_hashes) != len(event.engine_hashes):
+            self.unhashed_blocks += len(event.engine_hashes)
+            return
+        for engine_hash, sequence_hash in zip(event.engine_hashes, sequence_hashes, strict=True):
+            block = self._blocks.get(sequence_hash)
+            if block is None:
+                block = self._blocks[sequence_hash] = _Block(sequence_hash, parent)
+                if parent is not None:
+                    parent.children[sequence_hash] = block
+            block.copies += 1
+            self._copies.setdefault(engine_hash, []).append(block)
+            if not block.is_published and (block.parent is None or block.parent.is_published):
+                self._publish(block)
+            parent = block
+
+    def _remove(self, engine_hash: EngineHash) -> None:
+        copies = self._copies.get(engine_hash)
+        if copies is None:
+            return
+        block = copies.pop()
+        if not copies:
+            del self._copies[engine_hash]
+        block.copies -= 1
+        if block.copies:
+            return
+        if block.is_published:
+            self._unpublish(block)
+        self._forget(block)
+
+    def _forget(self, block: _Block | None) -> None:
+        """Takes a block out of the tree if nothing needs it, and then those it was kept for."""
+        while block is not None and not block.copies and not block.children:
+            del self._blocks[block.sequence_hash]
+            if block.parent is not None:
+                del block.parent.children[block.sequence_hash]
+            block = block.parent
+
+    def _clear(self) -> None:
+        self._blocks.clear()
+        self._copies.clear()
+        self._changes.clear()
+        self._is_clear_pending = True
+        self.published_blocks = 0
+
+    def _publish(self, block: _Block) -> None:
+        """Publishes a block and its held descendants, parents first."""
+        stack = [block]
+        while stack:
+            block = stack.pop()
+            block.is_published = True
+            self.published_blocks += 1
+            self._note(BlocksStored, block.sequence_hash)
+            stack.extend(child for child in block.children.values() if child.copies)
+
+    def _unpublish(self, block: _Block) -> None:
+        """Removes a block and its published descendants, deepest first."""
+        for gone in reversed(list(block.published_subtree())):
+            gone.is_published = False
+            self.published_blocks -= 1
+            self._note(BlocksRemoved, gone.sequence_hash)
+
+    def _note(
+        self, change: type[BlocksStored | BlocksRemoved], sequence_hash: SequenceHash
+    ) -> None:
+        if self._changes:
+            last, hashes = self._changes[-1]
+            if last is change and len(hashes) < MAX_EVENT_BLOCKS:
+                hashes.append(sequence_hash)
+                return
+        self._changes.append((change, [sequence_hash]))
+
+    def check_invariants(self) -> None:
+        """For tests: raises AssertionError when what is kept contradicts itself."""
+        copies = [block for blocks in self._copies.values() for block in blocks]
+        assert self.published_blocks == sum(b.is_published for b in self._blocks.values())
+        for sequence_hash, block in self._blocks.items():
+            assert block.sequence_hash == sequence_hash
+            assert block.copies == sum(other is block for other in copies)
+            assert block.copies or block.children
+            is_parent_published = block.parent is None or block.parent.is_published
+            assert block.is_published == (bool(block.copies) and is_parent_published)
+            if block.parent is not None:
+                assert self._blocks[block.parent.sequence_hash] is block.parent
+                assert block.parent.children[sequence_hash] is block

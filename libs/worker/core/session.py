@@ -1,0 +1,144 @@
+"""One session's side of a worker: what its client has not been told yet. Pure.
+
+Steps are merged while the client is behind: columns grow, the number of messages does not. Credit
+bounds what is on its way, and the columns are bounded by what the live requests may still produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from libs.common import grpc_errors
+from libs.common.errors import ProtocolViolation, SwitchgearError
+from libs.engine.interface import EngineLoad, Finish, Prefilled, RequestKey, Start
+from libs.worker.core import wire
+from switchgear.common.v1 import outputs_pb2
+from switchgear.worker.v1 import worker_pb2
+
+Handle = int
+"""The client's name for a request, unique within its session."""
+
+
+class Session:
+    """The outbox of one client, and which of its requests are live."""
+
+    def __init__(self, wake: Callable[[], None], window_responses: int) -> None:
+        """`wake` is called whenever there may be something to take."""
+        if window_responses < 1:
+            raise ProtocolViolation(f"window_responses must be at least 1, got {window_responses}")
+        self.keys: dict[Handle, RequestKey] = {}
+        """Live requests."""
+        self.taken_sequence_number = 0
+        self._wake = wake
+        self._window = window_responses
+        self._sent = 0
+        self._consumed = 0
+        self._load_sent: EngineLoad | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._handles: list[Handle] = []
+        self._counts: list[int] = []
+        self._tokens: list[int] = []
+        self._starts: list[outputs_pb2.SequenceStart] = []
+        self._finishes: list[outputs_pb2.SequenceFinish] = []
+        self._prefilled: list[worker_pb2.Prefilled] = []
+        self._refusals: list[worker_pb2.Refusal] = []
+        self._is_dirty = False
+
+    def command(self, sequence_number: int, consumed_responses: int) -> None:
+        """Takes note of a request message's header. Raises ProtocolViolation when out of order."""
+        if sequence_number != self.taken_sequence_number + 1:
+            raise ProtocolViolation(
+                f"sequence_number must be {self.taken_sequence_number + 1}, got {sequence_number}"
+            )
+        if not self._consumed <= consumed_responses <= self._sent:
+            raise ProtocolViolation(
+                f"consumed_responses must be between {self._consumed} and {self._sent}, "
+                f"got {consumed_responses}"
+            )
+        self.taken_sequence_number = sequence_number
+        self._consumed = consumed_responses
+        self._wake()
+
+    def started(self, handle: Handle, start: Start) -> None:
+        self._starts.append(
+            outputs_pb2.SequenceStart(
+                handle=handle,
+                cached_tokens=start.cached_tokens,
+                transferred_tokens=start.transferred_tokens,
+            )
+        )
+
+    def produced(self, handle: Handle, tokens: Sequence[int]) -> None:
+        self._handles.append(handle)
+        self._counts.append(len(tokens))
+        self._tokens.extend(tokens)
+
+    def finished(self, handle: Handle, finish: Finish) -> None:
+        """Ends a request; nothing may follow for the handle."""
+        del self.keys[handle]
+        message = outputs_pb2.SequenceFinish(
+            handle=handle, reason=wire.finish_reason(finish.reason)
+        )
+        if finish.error is not None:
+            message.error.CopyFrom(grpc_errors.to_message(finish.error))
+        self._finishes.append(message)
+
+    def prefilled(self, handle: Handle, prefilled: Prefilled) -> None:
+        """Ends a prefill leg."""
+        del self.keys[handle]
+        self._prefilled.append(
+            worker_pb2.Prefilled(
+                handle=handle,
+                kv_session=wire.kv_session_to_message(prefilled.kv_session),
+                cached_tokens=prefilled.cached_tokens,
+            )
+        )
+
+    def refused(self, handle: Handle, error: SwitchgearError) -> None:
+        """The request was not run."""
+        self._refusals.append(
+            worker_pb2.Refusal(handle=handle, error=grpc_errors.to_message(error))
+        )
+        self._touch()
+
+    def flush(self) -> None:
+        """Called once after a step put something in."""
+        self._touch()
+
+    def load_changed(self, load: EngineLoad) -> None:
+        """Lets an idle client know what others made of the worker."""
+        if load != self._load_sent:
+            self._touch()
+
+    def _touch(self) -> None:
+        self._is_dirty = True
+        self._wake()
+
+    def take(self, load: EngineLoad) -> worker_pb2.SessionResponse | None:
+        """The next message to send, with everything there is; None when there is nothing, or no
+        credit."""
+        if not self._is_dirty or self._sent - self._consumed >= self._window:
+            return None
+        response = worker_pb2.SessionResponse(
+            load=wire.load_to_message(load),
+            taken_sequence_number=self.taken_sequence_number,
+            prefilled=self._prefilled,
+            refusals=self._refusals,
+        )
+        if self._handles or self._finishes or self._starts:
+            outputs = outputs_pb2.StepOutputs(
+                handles=self._handles,
+                token_ids=self._tokens,
+                starts=self._starts,
+                finishes=self._finishes,
+            )
+            if len(self._tokens) != len(self._handles):
+                outputs.token_counts.extend(self._counts)
+            response.outputs = outputs.SerializeToString()
+            response.finished_handles.extend(finish.handle for finish in self._finishes)
+        self._clear()
+        self._sent += 1
+        self._load_sent = load
+        return response

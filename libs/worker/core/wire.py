@@ -1,0 +1,170 @@
+"""Between messages and the engine's plain data, with the checks on what a client may ask. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from libs.common import grpc_errors, hashing
+from libs.common.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from libs.engine.interface import (
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    KvSession,
+    Leg,
+    RequestKey,
+    Sampling,
+)
+from switchgear.common.v1 import generation_pb2, outputs_pb2
+from switchgear.worker.v1 import worker_pb2
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: generation_pb2.FINISH_REASON_ERROR,
+}
+_LEGS = {
+    worker_pb2.LEG_PREFILL: Leg.PREFILL,
+    worker_pb2.LEG_DECODE: Leg.DECODE,
+    worker_pb2.LEG_WHOLE: Leg.WHOLE,
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-6, 1e6),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this worker serves."""
+
+    model: str
+    engine: EngineInfo
+    legs: frozenset[Leg]
+
+
+def finish_reason(reason: FinishReason) -> generation_pb2.FinishReason.ValueType:
+    return _FINISH_REASONS[reason]
+
+
+def load_to_message(load: EngineLoad) -> outputs_pb2.WorkerLoad:
+    return outputs_pb2.WorkerLoad(
+        running_requests=load.running_requests,
+        waiting_requests=load.waiting_requests,
+        queued_prefill_tokens=load.queued_prefill_tokens,
+        active_kv_blocks=load.active_kv_blocks,
+        total_kv_blocks=load.total_kv_blocks,
+    )
+
+
+def kv_session_to_message(session: KvSession) -> generation_pb2.KvSessionRef:
+    return generation_pb2.KvSessionRef(
+        session_id=session.session_id,
+        transfer_backend=session.transfer_backend,
+        endpoints=session.endpoints,
+        attributes=session.attributes,
+        time_to_live=grpc_errors.duration_of(session.time_to_live_seconds),
+        last_sequence_hash=session.last_sequence_hash,
+        tokens=session.tokens,
+    )
+
+
+def kv_session_from_message(message: generation_pb2.KvSessionRef) -> KvSession:
+    return KvSession(
+        session_id=message.session_id,
+        transfer_backend=message.transfer_backend,
+        endpoints=tuple(message.endpoints),
+        attributes=message.attributes,
+        time_to_live_seconds=grpc_errors.seconds_of(message.time_to_live),
+        last_sequence_hash=message.last_sequence_hash,
+        tokens=message.tokens,
+    )
+
+
+def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -> EngineRequest:
+    """What the engine is to run. Raises InvalidRequest, ContextTooLong or ModelNotFound, each
+    naming the field that is wrong."""
+    try:
+        generation = generation_pb2.Generation.FromString(submit.generation)
+    except DecodeError as error:
+        raise InvalidRequest(f"generation can't be parsed: {error}") from error
+    leg = _LEGS.get(submit.leg)
+    if leg not in limits.legs:
+        raise InvalidRequest(
+            f"leg {worker_pb2.Leg.Name(submit.leg)} is not for this worker", param="leg"
+        )
+    if generation.model != limits.model:
+        raise ModelNotFound(
+            f"model {generation.model!r} is not served here; {limits.model!r} is", param="model"
+        )
+    if not generation.request_id:
+        raise InvalidRequest("request_id must not be empty", param="request_id")
+    prompt = list(generation.token_ids)
+    if not prompt:
+        raise InvalidRequest("token_ids must not be empty", param="token_ids")
+    room = limits.engine.context_length_tokens - len(prompt)
+    if room < 1:
+        raise ContextTooLong(
+            f"the prompt has {len(prompt)} tokens; with at least one of output that exceeds the "
+            f"context of {limits.engine.context_length_tokens}",
+            param="token_ids",
+        )
+    stopping = generation.stopping
+    if leg is not Leg.PREFILL and stopping.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
+    kv_session = None
+    if leg is Leg.DECODE and submit.HasField("kv_session"):
+        kv_session = kv_session_from_message(submit.kv_session)
+    salt = generation.kv.cache_salt
+    last_hash = 0
+    if leg is Leg.PREFILL or kv_session is not None:
+        size = limits.engine.block_size_tokens
+        hashes = hashing.sequence_hashes(prompt, size, cache_salt=salt)
+        last_hash = hashes[-1] if hashes else 0
+    return EngineRequest(
+        key=key,
+        request_id=generation.request_id,
+        prompt=prompt,
+        last_sequence_hash=last_hash,
+        leg=leg,
+        max_tokens=min(stopping.max_tokens, room) if leg is not Leg.PREFILL else 1,
+        min_tokens=min(stopping.min_tokens, stopping.max_tokens),
+        ignore_eos=stopping.ignore_eos,
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        sampling=_sampling(generation.sampling),
+        cache_salt=salt,
+        kv_session=kv_session,
+    )
+
+
+def _sampling(options: generation_pb2.SamplingOptions) -> Sampling:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(options, name)
+        if options.HasField(name) and not low <= value <= high:  # type: ignore[arg-type]
+            raise InvalidRequest(
+                f"{name} must be from {low:g} to {high:g}, got {value}", param=name
+            )
+    return Sampling(
+        temperature=options.temperature if options.HasField("temperature") else None,
+        top_p=options.top_p if options.HasField("top_p") else None,
+        top_k=options.top_k if options.HasField("top_k") else None,
+        min_p=options.min_p if options.HasField("min_p") else None,
+        seed=options.seed if options.HasField("seed") else None,
+        presence_penalty=(
+            options.presence_penalty if options.HasField("presence_penalty") else None
+        ),
+        frequency_penalty=(
+            options.frequency_penalty if options.HasField("frequency_penalty") else None
+        ),
+        repetition_penalty=(
+            options.repetition_penalty if options.HasField("repetition_penalty") else None
+        ),
+    )

@@ -1,0 +1,190 @@
+"""Joins one engine and its clients: requests go to the engine, outputs to their session.
+
+Everything runs on the event loop. The engine reports once per step; each session with news is then
+woken once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+
+from libs.common import grpc_errors, logs
+from libs.common.errors import (
+    DeadlineExceeded,
+    NoLiveInstance,
+    Overloaded,
+    ProtocolViolation,
+    SwitchgearError,
+    WorkerLost,
+)
+from libs.engine.interface import (
+    Engine,
+    EngineKvEvent,
+    EngineRequest,
+    Finish,
+    FinishReason,
+    RequestKey,
+    Step,
+)
+from libs.worker.core import wire
+from libs.worker.core.session import Handle, Session
+from switchgear.worker.v1 import worker_pb2
+
+log = logs.get(__name__)
+
+
+class _Live:
+    """A request in the engine."""
+
+    __slots__ = ("deadline", "handle", "request_id", "session")
+
+    def __init__(self, session: Session, handle: Handle, request_id: str) -> None:
+        self.session = session
+        self.handle = handle
+        self.request_id = request_id
+        self.deadline: asyncio.TimerHandle | None = None
+
+
+class EngineHost:
+    """The engine's sink, and the sessions' way to the engine."""
+
+    limits: wire.Limits
+    """Set once the engine has started, before anything is submitted."""
+
+    def __init__(self, engine: Engine, *, max_waiting_requests: int) -> None:
+        self.engine = engine
+        self.sessions: set[Session] = set()
+        self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        """Resolved when the engine dies."""
+        self.is_draining = False
+        self.idle = asyncio.Event()
+        """Set while no request is in the engine."""
+        self.idle.set()
+        self._max_waiting_requests = max_waiting_requests
+        self._early_kv_events: list[EngineKvEvent] = []
+        self._on_kv_events: Callable[[Sequence[EngineKvEvent]], None] = self._early_kv_events.extend
+        self._live: dict[RequestKey, _Live] = {}
+        self._keys = count(1)
+
+    def publish_to(self, take: Callable[[Sequence[EngineKvEvent]], None]) -> None:
+        """Who gets the engine's KV events from now on, those since its start included."""
+        self._on_kv_events = take
+        if self._early_kv_events:
+            take(self._early_kv_events)
+            self._early_kv_events.clear()
+
+    def request_ids(self) -> list[str]:
+        """Ids of the requests in the engine."""
+        return [live.request_id for live in self._live.values()]
+
+    def open(self, wake: Callable[[], None], window_responses: int) -> Session:
+        """A new client. The first message it takes has the load."""
+        session = Session(wake, window_responses)
+        self.sessions.add(session)
+        session.flush()
+        return session
+
+    def close(self, session: Session) -> None:
+        """The client is gone: its requests are cancelled."""
+        self.sessions.discard(session)
+        self.cancel(session, list(session.keys))
+
+    def submit(self, session: Session, submits: Iterable[worker_pb2.Submit]) -> None:
+        """Gives requests to the engine, or refuses them. Raises ProtocolViolation for a handle
+        that is live already."""
+        accepted: list[EngineRequest] = []
+        room = self._max_waiting_requests - self.engine.load().waiting_requests
+        for submit in submits:
+            handle = submit.handle
+            if handle in session.keys:
+                raise ProtocolViolation(f"handle {handle} is in use")
+            try:
+                if self.is_draining:
+                    raise NoLiveInstance("the worker is draining")
+                if len(accepted) >= room:
+                    raise Overloaded(
+                        f"{self._max_waiting_requests} requests are waiting", retry_after_seconds=1
+                    )
+                request = wire.engine_request(submit, RequestKey(next(self._keys)), self.limits)
+                live = _Live(session, handle, request.request_id)
+                if submit.HasField("timeout"):
+                    self._set_deadline(live, request.key, grpc_errors.seconds_of(submit.timeout))
+            except SwitchgearError as error:
+                session.refused(handle, error)
+                continue
+            session.keys[handle] = request.key
+            self._live[request.key] = live
+            accepted.append(request)
+        if accepted:
+            self.idle.clear()
+            self.engine.submit(accepted)
+
+    def _set_deadline(self, live: _Live, key: RequestKey, seconds: float) -> None:
+        if seconds <= 0:
+            raise DeadlineExceeded("the deadline had passed when the worker got the request")
+        loop = asyncio.get_running_loop()
+        live.deadline = loop.call_later(seconds, self._expire, key)
+
+    def _expire(self, key: RequestKey) -> None:
+        self.engine.cancel([key])
+        error = DeadlineExceeded("the deadline passed while the worker had the request")
+        self.step(Step(finishes=[Finish(key, FinishReason.ERROR, error)]))
+
+    def cancel(self, session: Session, handles: Iterable[Handle]) -> None:
+        """Drops requests; they are never heard of again. Unknown handles are ignored."""
+        keys = [key for handle in handles if (key := session.keys.pop(handle, None)) is not None]
+        for key in keys:
+            self._forget(key)
+        if keys:
+            self.engine.cancel(keys)
+
+    def _forget(self, key: RequestKey) -> _Live | None:
+        live = self._live.pop(key, None)
+        if live is not None and live.deadline is not None:
+            live.deadline.cancel()
+        if not self._live:
+            self.idle.set()
+        return live
+
+    # The engine's sink.
+
+    def step(self, step: Step) -> None:
+        """Distributes what one step produced."""
+        touched: set[Session] = set()
+        live_of = self._live
+        for start in step.starts:
+            if (live := live_of.get(start.key)) is not None:
+                live.session.started(live.handle, start)
+        position = 0
+        tokens = step.tokens
+        for key, number in zip(step.keys, step.counts, strict=True):
+            if (live := live_of.get(key)) is not None:
+                live.session.produced(live.handle, tokens[position : position + number])
+                touched.add(live.session)
+            position += number
+        for finish in step.finishes:
+            if (live := self._forget(finish.key)) is not None:
+                live.session.finished(live.handle, finish)
+                touched.add(live.session)
+        for prefilled in step.prefilled:
+            if (live := self._forget(prefilled.key)) is not None:
+                live.session.prefilled(live.handle, prefilled)
+                touched.add(live.session)
+        for session in touched:
+            session.flush()
+
+    def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
+        self._on_kv_events(events)
+
+    def failed(self, error: BaseException) -> None:
+        """Fails everything; clients move their requests elsewhere."""
+        log.error("engine died", exc_info=error)
+        lost = WorkerLost("the engine died")
+        self.step(
+            Step(finishes=[Finish(key, FinishReason.ERROR, lost) for key in list(self._live)])
+        )
+        self.is_draining = True
+        if not self.failure.done():
+            self.failure.set_result(error)

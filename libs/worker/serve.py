@@ -1,0 +1,157 @@
+"""Starts a worker: model files, engine, KV events, gRPC, registration; and stops it in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from prometheus_client import REGISTRY
+
+from libs.common import logs, model_files, nats_client
+from libs.common.config import ConfigError
+from libs.common.discovery import Discovery, new_instance_id
+from libs.common.service import offering, until_idle
+from libs.common.tasks import background
+from libs.engine.interface import EngineInfo, Leg
+from libs.worker.config import WorkerSettings
+from libs.worker.core.wire import Limits
+from libs.worker.engines import make_engine
+from libs.worker.host import EngineHost
+from libs.worker.kv_publisher import KvPublisher
+from libs.worker.metrics import WorkerCollector
+from libs.worker.servicer import WorkerServicer
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
+
+log = logs.get(__name__)
+
+SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+
+MODEL_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What frontends may need. Absent ones are left out; tokenizer.json must be there."""
+
+AddPlainService = Callable[[EngineHost, grpc.aio.Server], None]
+
+
+class EngineDied(Exception):
+    """The engine stopped by itself; the process exits, for its supervisor to start it again."""
+
+
+async def serve_worker(
+    settings: WorkerSettings,
+    stop: asyncio.Event,
+    *,
+    role: discovery_pb2.Role.ValueType,
+    legs: frozenset[Leg],
+    plain_service_name: str,
+    add_plain_service: AddPlainService,
+) -> None:
+    """Serves until told to stop, then lets running requests finish.
+
+    Raises ConfigError for a model folder that can't be served, and EngineDied.
+    """
+    files = await asyncio.to_thread(read_model_files, settings.model)
+    engine = make_engine(settings, Leg.PREFILL if Leg.PREFILL in legs else Leg.DECODE)
+    discovery = Discovery(settings.etcd_url, settings.namespace)
+    instance_id = new_instance_id()
+    host = EngineHost(engine, max_waiting_requests=settings.max_waiting_requests)
+    try:
+        started = time.monotonic()
+        log.info("engine starting", engine=settings.engine, model=str(settings.model))
+        info = await engine.start(host)
+        log.info("engine started", seconds=round(time.monotonic() - started, 1), info=repr(info))
+        host.limits = Limits(settings.model_name, info, legs)
+        async with nats_client.connecting(settings.nats_url, settings.name) as nats:
+            publisher = KvPublisher(
+                nats,
+                namespace=settings.namespace,
+                instance_id=instance_id,
+                model=settings.model_name,
+                block_size_tokens=info.block_size_tokens,
+            )
+            host.publish_to(publisher.take)
+            WorkerCollector(engine, publisher.cached_blocks).register(REGISTRY)
+            servicer = WorkerServicer(host, files, publisher.snapshot, publisher.cached_blocks)
+
+            def add_services(server: grpc.aio.Server) -> None:
+                worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+                add_plain_service(host, server)
+
+            async def drain() -> None:
+                host.is_draining = True
+                await until_idle(host.idle.is_set, settings.drain_seconds)
+                servicer.closing.set()
+
+            async with (
+                background(publisher.run()),
+                background(servicer.spread_load()),
+                offering(
+                    settings,
+                    discovery,
+                    role,
+                    add_services,
+                    [SERVICE_NAME, plain_service_name],
+                    drain=drain,
+                    instance_id=instance_id,
+                    cards=[_card(settings, info, role, instance_id, files)],
+                ),
+            ):
+                await _until(stop, host.failure)
+    finally:
+        await engine.close()
+
+
+async def _until(stop: asyncio.Event, failure: asyncio.Future[BaseException]) -> None:
+    stopped = asyncio.create_task(stop.wait())
+    waited: set[asyncio.Future[Any]] = {stopped, failure}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+    if failure.done():
+        raise EngineDied from failure.result()
+
+
+def read_model_files(model: Path) -> dict[str, bytes]:
+    """The model's tokenizer, template and configuration. Raises ConfigError without a tokenizer."""
+    files = {name: (model / name).read_bytes() for name in MODEL_FILES if (model / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise ConfigError(f"--model is {str(model)!r}, where there is no tokenizer.json")
+    return files
+
+
+def _card(
+    settings: WorkerSettings,
+    info: EngineInfo,
+    role: discovery_pb2.Role.ValueType,
+    instance_id: int,
+    files: dict[str, bytes],
+) -> discovery_pb2.ModelCard:
+    # A prefill worker alone can't answer anybody; a decode worker can.
+    needs = [discovery_pb2.ROLE_DECODE_WORKER] if role == discovery_pb2.ROLE_PREFILL_WORKER else []
+    return discovery_pb2.ModelCard(
+        instance_id=instance_id,
+        role=role,
+        model=settings.model_name,
+        aliases=settings.model_aliases,
+        context_length_tokens=info.context_length_tokens,
+        kv_block_size_tokens=info.block_size_tokens,
+        total_kv_blocks=info.total_kv_blocks,
+        max_running_requests=info.max_running_requests,
+        needs=needs,
+        transfer_backend=info.transfer_backend,
+        files_checksum=model_files.checksum(files),
+        publishes_kv_events=info.publishes_kv_events,
+        created_unix_seconds=int(time.time()),
+    )

@@ -1,0 +1,1 @@
+"""The prefill worker: one engine that computes prompts for decode workers to pull."""

@@ -1,0 +1,5 @@
+from libs.common.tasks import run_service
+from services.prefill_worker.config import PrefillWorkerSettings
+from services.prefill_worker.main import serve
+
+run_service("prefill_worker", PrefillWorkerSettings, serve)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libs.common.errors import Overloaded, ProtocolViolation
+from libs.engine.interface import EngineLoad, Finish, FinishReason, RequestKey, Start
+from libs.worker.core.session import Session
+from switchgear.common.v1 import generation_pb2, outputs_pb2
+from switchgear.worker.v1 import worker_pb2
+
+LOAD = EngineLoad(1, 2, 3, 4, 5)
+
+
+def nothing() -> None:
+    pass
+
+
+def outputs(response: worker_pb2.SessionResponse | None) -> outputs_pb2.StepOutputs:
+    assert response is not None
+    return outputs_pb2.StepOutputs.FromString(response.outputs)
+
+
+def test_the_first_message_has_the_load_and_nothing_else() -> None:
+    session = Session(nothing, 1)
+    session.flush()
+    response = session.take(LOAD)
+    assert response is not None
+    assert response.load.queued_prefill_tokens == 3
+    assert not response.outputs
+    assert session.take(LOAD) is None
+
+
+def test_one_token_each_needs_no_counts() -> None:
+    session = Session(nothing, 1)
+    session.produced(1, [10])
+    session.produced(2, [20])
+    session.flush()
+    sent = outputs(session.take(LOAD))
+    assert (list(sent.handles), list(sent.token_ids)) == ([1, 2], [10, 20])
+    assert not sent.token_counts
+
+
+def test_a_finish_names_its_handle_outside_the_outputs() -> None:
+    session = Session(nothing, 1)
+    session.keys[7] = RequestKey(1)
+    session.finished(7, Finish(RequestKey(1), FinishReason.ERROR, Overloaded("no room")))
+    session.flush()
+    response = session.take(LOAD)
+    assert response is not None
+    assert list(response.finished_handles) == [7]
+    [finish] = outputs(response).finishes
+    assert finish.reason == generation_pb2.FINISH_REASON_ERROR
+    assert finish.error.reason == "OVERLOADED"
+
+
+def test_an_idle_client_hears_of_a_changed_load_once() -> None:
+    woken: list[int] = []
+    session = Session(lambda: woken.append(1), 9)
+    session.flush()
+    session.take(LOAD)
+    woken.clear()
+    session.load_changed(LOAD)
+    assert not woken
+    session.load_changed(EngineLoad(9, 9, 9, 9, 9))
+    assert woken
+
+
+@pytest.mark.parametrize(("number", "consumed"), [(0, 0), (2, 0), (1, 1)])
+def test_a_client_out_of_order_is_told_so(number: int, consumed: int) -> None:
+    session = Session(nothing, 4)
+    with pytest.raises(ProtocolViolation):
+        session.command(number, consumed)
+
+
+def test_a_window_of_nothing_is_refused() -> None:
+    with pytest.raises(ProtocolViolation, match="window_responses"):
+        Session(nothing, 0)
+
+
+steps = st.lists(
+    st.one_of(
+        st.dictionaries(st.integers(1, 5), st.lists(st.integers(0, 99), min_size=1, max_size=3)),
+        st.just("take"),
+        st.just("credit"),
+    ),
+    max_size=60,
+)
+
+
+@given(steps, st.integers(1, 3))
+def test_whatever_is_merged_every_token_arrives_once_and_in_order(
+    script: list[dict[int, list[int]] | str], window: int
+) -> None:
+    session = Session(nothing, window)
+    produced: dict[int, list[int]] = {}
+    received: dict[int, list[int]] = {}
+    sent = consumed = commands = 0
+
+    def take() -> bool:
+        response = session.take(LOAD)
+        if response is None:
+            return False
+        message = outputs_pb2.StepOutputs.FromString(response.outputs)
+        tokens = iter(message.token_ids)
+        counts = message.token_counts or [1] * len(message.handles)
+        for handle, count in zip(message.handles, counts, strict=True):
+            received.setdefault(handle, []).extend(next(tokens) for _ in range(count))
+        assert next(tokens, None) is None
+        return True
+
+    for step in script:
+        if step == "take":
+            sent += take()
+            assert sent - consumed <= window
+        elif step == "credit":
+            commands += 1
+            consumed = sent
+            session.command(commands, consumed)
+        else:
+            assert isinstance(step, dict)
+            for handle, tokens in step.items():
+                if handle not in produced:
+                    session.started(handle, Start(RequestKey(handle), 0, 0))
+                produced.setdefault(handle, []).extend(tokens)
+                session.produced(handle, tokens)
+            session.flush()
+    session.command(commands + 1, sent)
+    take()
+    assert received == produced

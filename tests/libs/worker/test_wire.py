@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+
+from libs.common.errors import ContextTooLong, InvalidRequest, ModelNotFound, SwitchgearError
+from libs.common.hashing import sequence_hashes
+from libs.engine.interface import EngineInfo, EngineRequest, KvSession, Leg, RequestKey
+from libs.worker.core import wire
+from switchgear.common.v1 import generation_pb2
+from switchgear.worker.v1 import worker_pb2
+
+INFO = EngineInfo(
+    block_size_tokens=4,
+    total_kv_blocks=100,
+    context_length_tokens=20,
+    max_running_requests=8,
+    transfer_backend="sim",
+    publishes_kv_events=True,
+)
+LIMITS = wire.Limits("m", INFO, frozenset({Leg.DECODE, Leg.WHOLE}))
+SESSION = KvSession(
+    session_id="s",
+    transfer_backend="sim",
+    endpoints=("127.0.0.1:1",),
+    attributes=b"{}",
+    time_to_live_seconds=2.5,
+    last_sequence_hash=2**64 - 1,
+    tokens=9,
+)
+
+
+def generation(**changes: object) -> generation_pb2.Generation:
+    made = generation_pb2.Generation(
+        request_id="r",
+        model="m",
+        token_ids=range(9),
+        stopping=generation_pb2.StoppingOptions(max_tokens=5),
+    )
+    made.MergeFrom(generation_pb2.Generation(**changes))  # type: ignore[arg-type]
+    return made
+
+
+def parse(
+    made: generation_pb2.Generation, leg: worker_pb2.Leg.ValueType = worker_pb2.LEG_WHOLE
+) -> EngineRequest:
+    submit = worker_pb2.Submit(handle=1, generation=made.SerializeToString(), leg=leg)
+    return wire.engine_request(submit, RequestKey(1), LIMITS)
+
+
+def test_absent_sampling_fields_stay_absent_and_zero_stays_zero() -> None:
+    sampling = parse(generation(sampling=generation_pb2.SamplingOptions(temperature=0))).sampling
+    assert sampling.temperature == 0
+    assert sampling.top_p is None
+    assert sampling.seed is None
+
+
+def test_output_is_capped_by_the_context() -> None:
+    stopping = generation_pb2.StoppingOptions(max_tokens=1000)
+    assert parse(generation(stopping=stopping)).max_tokens == 11
+
+
+def test_a_kv_session_crosses_the_wire_intact() -> None:
+    message = wire.kv_session_to_message(SESSION)
+    assert wire.kv_session_from_message(message) == SESSION
+
+
+def test_a_request_to_pull_knows_its_own_last_hash() -> None:
+    submit = worker_pb2.Submit(
+        handle=1,
+        generation=generation().SerializeToString(),
+        leg=worker_pb2.LEG_DECODE,
+        kv_session=wire.kv_session_to_message(SESSION),
+    )
+    request = wire.engine_request(submit, RequestKey(1), LIMITS)
+    assert request.kv_session == SESSION
+    assert request.last_sequence_hash == sequence_hashes(range(9), 4)[-1]
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "param"),
+    [
+        (generation(model="other"), ModelNotFound, "model"),
+        (generation(token_ids=range(11)), ContextTooLong, "token_ids"),
+        (
+            generation_pb2.Generation(request_id="r", model="m"),
+            InvalidRequest,
+            "token_ids",
+        ),
+        (generation_pb2.Generation(model="m", token_ids=[1]), InvalidRequest, "request_id"),
+        (
+            generation_pb2.Generation(request_id="r", model="m", token_ids=[1]),
+            InvalidRequest,
+            "max_tokens",
+        ),
+        (
+            generation(sampling=generation_pb2.SamplingOptions(temperature=9)),
+            InvalidRequest,
+            "temperature",
+        ),
+        (generation(sampling=generation_pb2.SamplingOptions(top_p=0)), InvalidRequest, "top_p"),
+    ],
+)
+def test_a_bad_request_is_refused_by_field(
+    made: generation_pb2.Generation, error: type[SwitchgearError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        parse(made)
+    assert caught.value.param == param
+
+
+def test_a_leg_that_is_not_this_workers_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="LEG_PREFILL"):
+        parse(generation(), worker_pb2.LEG_PREFILL)
+    with pytest.raises(InvalidRequest, match="LEG_UNSPECIFIED"):
+        parse(generation(), worker_pb2.LEG_UNSPECIFIED)
+
+
+def test_bytes_that_are_no_generation_are_refused() -> None:
+    submit = worker_pb2.Submit(handle=1, generation=b"\xff\xff", leg=worker_pb2.LEG_WHOLE)
+    with pytest.raises(InvalidRequest, match="generation"):
+        wire.engine_request(submit, RequestKey(1), LIMITS)
