@@ -1,0 +1,1 @@
+"""Who holds which KV blocks: follows the workers' KV events and answers routers."""

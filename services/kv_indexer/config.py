@@ -1,0 +1,29 @@
+"""The KV indexer's settings."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from libs.common.config import ServiceSettings
+
+
+class KvIndexerSettings(ServiceSettings):
+    """Follows the workers' KV events and tells routers who holds which blocks."""
+
+    model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_KV_INDEXER_")
+
+    max_blocks: int = Field(default=10_000_000, ge=1)
+    """Blocks in the index, each counted once for every worker that holds it; 150 bytes or so of
+    memory each. Beyond it no more are taken in, and the workers concerned are degraded."""
+
+    snapshots_at_once: int = Field(default=8, ge=1, le=1_000)
+    """How many workers are asked for a snapshot at the same time. More makes a restarted index
+    whole sooner; fewer keeps answers quick meanwhile."""
+
+    snapshot_timeout_seconds: float = Field(default=5.0, gt=0)
+    """How long a worker may take to send a whole snapshot before it is asked again."""
+
+    silent_after_seconds: float = Field(default=5.0, gt=1)
+    """A worker not heard of for this long, heartbeats included, is degraded: its blocks may have
+    changed. Workers send something every second."""

@@ -1,0 +1,127 @@
+"""Puts the KV indexer together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+
+from libs.common import logs
+from libs.common.discovery import Discovery, Table, new_instance_id
+from libs.common.grpc_server import GrpcServer, serving
+from libs.common.kv_events import InstanceId
+from libs.common.metrics import serving_metrics
+from libs.common.nats_client import connecting
+from libs.common.tasks import background
+from services.kv_indexer.config import KvIndexerSettings
+from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.events import receiving
+from services.kv_indexer.indexer import Indexer
+from services.kv_indexer.servicer import SERVICE_NAME, KvIndexerServicer
+from services.kv_indexer.snapshots import Worker, fetch_snapshot
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2_grpc
+
+log = logs.get(__name__)
+
+
+async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
+    """Runs the service until `stop` is set. Serves once it knows who is alive; the index fills
+    itself from then on."""
+    discovery = Discovery(settings.etcd_url, settings.namespace)
+    name = settings.name or "kv_indexer"
+    with serving_metrics(settings.host, settings.metrics_port) as metrics_port:
+        async with (
+            discovery.watching("instances/", discovery_pb2.Instance) as instances,
+            discovery.watching("models/", discovery_pb2.ModelCard) as cards,
+            connecting(settings.nats_url, name) as nats,
+        ):
+            indexer = Indexer(
+                index=BlockIndex(settings.max_blocks),
+                fetch_snapshot=partial(
+                    fetch_snapshot, timeout_seconds=settings.snapshot_timeout_seconds
+                ),
+                are_events_connected=lambda: nats.is_connected,
+                silent_after_seconds=settings.silent_after_seconds,
+                snapshots_at_once=settings.snapshots_at_once,
+            )
+            follow_discovery(indexer, instances, cards)
+
+            def add_services(server: grpc.aio.Server) -> None:
+                kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(
+                    KvIndexerServicer(indexer), server
+                )
+
+            async with (
+                # If a snapshot overtakes the subscription, heartbeats show what fell in between.
+                receiving(nats, settings.namespace, indexer.take),
+                background(indexer.run()) as following,
+                serving(settings.host, settings.grpc_port, add_services, [SERVICE_NAME]) as server,
+                background(
+                    _offer(settings, discovery, server, metrics_port, [instances, cards])
+                ) as offering,
+                background(_until(stop)) as stopping,
+            ):
+                # The first two end only by failing, which their contexts raise.
+                await asyncio.wait(
+                    {following, offering, stopping}, return_when=asyncio.FIRST_COMPLETED
+                )
+
+
+def follow_discovery(
+    indexer: Indexer,
+    instances: Table[discovery_pb2.Instance],
+    cards: Table[discovery_pb2.ModelCard],
+) -> None:
+    """Makes the indexer follow whoever is alive and publishes KV events, now and from now on."""
+
+    def update() -> None:
+        indexer.set_workers(live_workers(instances.values(), cards.values()))
+
+    instances.on_change(update)
+    cards.on_change(update)
+    update()
+
+
+def live_workers(
+    instances: Iterable[discovery_pb2.Instance], cards: Iterable[discovery_pb2.ModelCard]
+) -> dict[InstanceId, Worker]:
+    """Those that have both an address and a model whose KV events they publish."""
+    addresses = {instance.instance_id: instance.address for instance in instances}
+    return {
+        card.instance_id: Worker(
+            card.instance_id, addresses[card.instance_id], card.model, card.kv_block_size_tokens
+        )
+        for card in cards
+        if card.publishes_kv_events and card.instance_id in addresses
+    }
+
+
+async def _offer(
+    settings: KvIndexerSettings,
+    discovery: Discovery,
+    server: GrpcServer,
+    metrics_port: int,
+    tables: Sequence[Table[Any]],
+) -> None:
+    """Once discovery has been read, says that we serve, and stays registered until cancelled."""
+    for table in tables:
+        await table.was_read.wait()
+    await server.set_serving(True)
+    instance = discovery_pb2.Instance(
+        instance_id=new_instance_id(),
+        role=discovery_pb2.ROLE_KV_INDEXER,
+        name=settings.name or f"kv_indexer-{server.port}",
+        address=f"{settings.reachable_host}:{server.port}",
+        metrics_address=f"{settings.reachable_host}:{metrics_port}",
+    )
+    log.info("serving", address=instance.address, metrics_address=instance.metrics_address)
+    async with discovery.registered(instance):
+        await asyncio.Event().wait()
+
+
+async def _until(stop: asyncio.Event) -> None:
+    await stop.wait()
