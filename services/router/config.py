@@ -1,0 +1,50 @@
+"""The router's settings."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from libs.common.config import ServiceSettings
+from services.router.core.decision import Policy
+
+
+class RouterSettings(ServiceSettings):
+    """Picks the workers for each request and relays their tokens."""
+
+    model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_ROUTER_")
+
+    prefill_weight: float = Field(default=1.0, ge=0)
+    """Price of a prompt token to compute. Higher: more cache reuse, less even load."""
+
+    decode_weight: float = Field(default=1.0, ge=0)
+    """Price of a token's KV held while decoding. Higher: more even load, less cache reuse."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the cheapest worker; above, dearer ones get a chance, too."""
+
+    min_remote_prefill_tokens: int = Field(default=256, ge=1)
+    """Prompts with fewer uncached tokens are computed by the decode worker itself."""
+
+    max_local_overlap: float = Field(default=0.8, gt=0, le=1)
+    """Prompts of which the decode worker holds this fraction are computed there, too."""
+
+    prefill_timeout_seconds: float = Field(default=30.0, gt=0)
+    """Longest wait for a prefill worker before the decode worker computes the prompt itself."""
+
+    overlap_timeout_seconds: float = Field(default=0.1, gt=0)
+    """Longest wait for a KV indexer before a request is routed by load alone."""
+
+    window_responses: int = Field(default=32, ge=1)
+    """Messages a worker may have on their way before it waits for us and merges steps."""
+
+    @property
+    def policy(self) -> Policy:
+        """The part that decisions depend on."""
+        return Policy(
+            prefill_weight=self.prefill_weight,
+            decode_weight=self.decode_weight,
+            temperature=self.temperature,
+            min_remote_prefill_tokens=self.min_remote_prefill_tokens,
+            max_local_overlap=self.max_local_overlap,
+        )

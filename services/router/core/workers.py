@@ -1,0 +1,107 @@
+"""What the router knows of each worker: what it is, its load, and what was just sent to it. Pure.
+
+The truth comes with every message of a worker, other routers' requests included. What this router
+has sent since is booked on top, until the worker says that it has taken it in; so a burst of
+requests between two steps does not all go to the same worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+InstanceId = NewType("InstanceId", int)
+
+
+class Role(Enum):
+    """Which legs a worker runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A worker's load as it said. See switchgear.common.v1.WorkerLoad."""
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    queued_prefill_tokens: int = 0
+    active_kv_blocks: int = 0
+    total_kv_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """Work that a worker has been given, or will be, and has not counted yet."""
+
+    prefill_tokens: int
+    """Prompt tokens it will have to compute."""
+    kv_blocks: int
+    """Blocks it will come to hold."""
+
+
+class Worker:
+    """One worker of one model."""
+
+    __slots__ = (
+        "block_size_tokens",
+        "booked_kv_blocks",
+        "booked_prefill_tokens",
+        "booked_requests",
+        "instance_id",
+        "is_available",
+        "load",
+        "model",
+        "name",
+        "role",
+        "transfer_backend",
+    )
+
+    def __init__(
+        self,
+        *,
+        instance_id: InstanceId,
+        name: str,
+        role: Role,
+        model: str,
+        block_size_tokens: int,
+        transfer_backend: str = "",
+    ) -> None:
+        self.instance_id = instance_id
+        self.name = name
+        self.role = role
+        self.model = model
+        self.block_size_tokens = block_size_tokens
+        self.transfer_backend = transfer_backend
+        self.is_available = False
+        """Whether it is registered and our session to it stands. A worker that died is out at once,
+        not when its lease ends."""
+        self.load = Load()
+        self.booked_requests = 0
+        self.booked_prefill_tokens = 0
+        self.booked_kv_blocks = 0
+
+    def book(self, booking: Booking) -> None:
+        """Adds work that the load does not include yet."""
+        self.booked_requests += 1
+        self.booked_prefill_tokens += booking.prefill_tokens
+        self.booked_kv_blocks += booking.kv_blocks
+
+    def unbook(self, booking: Booking) -> None:
+        """Takes a booking back: the load includes it now, or it will never be."""
+        self.booked_requests -= 1
+        self.booked_prefill_tokens -= booking.prefill_tokens
+        self.booked_kv_blocks -= booking.kv_blocks
+        assert self.booked_requests >= 0
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens ahead of a request that came now."""
+        return self.load.queued_prefill_tokens + self.booked_prefill_tokens
+
+    @property
+    def active_kv_blocks(self) -> int:
+        """Blocks of sequences in progress, and of those on their way."""
+        return self.load.active_kv_blocks + self.booked_kv_blocks

@@ -1,0 +1,168 @@
+"""The workers there are: found in etcd, believed once a session to them stands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from libs.common import logs
+from libs.common.discovery import Discovery, Table
+from libs.common.grpc_server import CHANNEL_OPTIONS
+from services.router.core.workers import InstanceId, Role, Worker
+from services.router.worker_link import WorkerLink
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
+
+log = logs.get(__name__)
+
+RECONNECT_SECONDS = 0.25
+CONTROL_WINDOW_RESPONSES = 4
+
+_ROLES = {
+    discovery_pb2.ROLE_PREFILL_WORKER: Role.PREFILL,
+    discovery_pb2.ROLE_DECODE_WORKER: Role.DECODE,
+}
+
+
+class Member:
+    """A worker and the way to it.
+
+    A session of the router's own, without requests, tells its load and whether it lives. A worker
+    that has left discovery drains: it gets nothing new, and is forgotten when its session ends.
+    """
+
+    def __init__(self, worker: Worker, address: str) -> None:
+        self.worker = worker
+        self.address = address
+        self.is_listed = True
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
+            self._channel
+        )
+
+    async def run(self) -> None:
+        """Keeps the control session up until the worker is neither listed nor there."""
+        try:
+            while True:
+                link = WorkerLink(
+                    self.worker, self.stub, CONTROL_WINDOW_RESPONSES, self._on_response
+                )
+                try:
+                    await link.run()
+                except grpc.aio.AioRpcError as error:
+                    if self.worker.is_available:
+                        log.warning(
+                            "worker lost",
+                            worker=self.worker.name,
+                            address=self.address,
+                            status=error.code().name,
+                            details=error.details(),
+                        )
+                self.worker.is_available = False
+                if not self.is_listed:
+                    return
+                await asyncio.sleep(RECONNECT_SECONDS)
+        finally:
+            self.worker.is_available = False
+            await self._channel.close()
+
+    def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
+        link.consumed(1)
+        if self.is_listed and not self.worker.is_available:
+            log.info("worker connected", worker=self.worker.name, address=self.address)
+        self.worker.is_available = self.is_listed
+
+
+class Fleet:
+    """All workers by id, whatever their model."""
+
+    def __init__(
+        self,
+        instances: Table[discovery_pb2.Instance],
+        cards: Table[discovery_pb2.ModelCard],
+    ) -> None:
+        self.members: dict[InstanceId, Member] = {}
+        self._instances = instances
+        self._cards = cards
+        self._tasks: set[asyncio.Task[None]] = set()
+        instances.on_change(self._reconcile)
+        cards.on_change(self._reconcile)
+        self._reconcile()
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Everyone known, available or not."""
+        return [member.worker for member in self.members.values()]
+
+    def is_known(self, model: str) -> bool:
+        """Whether anybody serves the model, ready or not."""
+        return any(card.model == model for card in self._cards.values())
+
+    def _reconcile(self) -> None:
+        listed = {InstanceId(card.instance_id): card for card in self._cards.values()}
+        addresses = {item.instance_id: item for item in self._instances.values()}
+        for instance_id, card in listed.items():
+            instance = addresses.get(instance_id)
+            if instance is None or card.role not in _ROLES:
+                continue
+            member = self.members.get(instance_id)
+            if member is None:
+                self._add(instance_id, instance, card)
+            else:
+                member.is_listed = True
+        for instance_id, member in self.members.items():
+            if instance_id not in listed:
+                member.is_listed = False
+                member.worker.is_available = False
+
+    def _add(
+        self,
+        instance_id: InstanceId,
+        instance: discovery_pb2.Instance,
+        card: discovery_pb2.ModelCard,
+    ) -> None:
+        worker = Worker(
+            instance_id=instance_id,
+            name=instance.name,
+            role=_ROLES[card.role],
+            model=card.model,
+            block_size_tokens=card.kv_block_size_tokens,
+            transfer_backend=card.transfer_backend,
+        )
+        member = self.members[instance_id] = Member(worker, instance.address)
+        task = asyncio.create_task(member.run(), name=f"worker {instance.name}")
+        self._tasks.add(task)
+
+        def forget(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            self.members.pop(instance_id, None)
+            if not done.cancelled() and (error := done.exception()) is not None:
+                log.error("worker session failed", worker=instance.name, exc_info=error)
+            self._reconcile()
+
+        task.add_done_callback(forget)
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+        self._instances, self._cards = Table(), Table()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def watching_workers(discovery: Discovery) -> AsyncIterator[Fleet]:
+    """Follows the workers of the namespace while the body runs."""
+    async with (
+        discovery.watching("instances/", discovery_pb2.Instance) as instances,
+        discovery.watching("models/", discovery_pb2.ModelCard) as cards,
+    ):
+        fleet = Fleet(instances, cards)
+        try:
+            yield fleet
+        finally:
+            await fleet.close()

@@ -1,0 +1,124 @@
+"""Asks a KV indexer who holds which prefix: one call for all that wait, any that answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import grpc
+from prometheus_client import Gauge
+
+from libs.common import logs
+from libs.common.discovery import Discovery, Table
+from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.tasks import background
+from services.router.core.decision import Overlaps
+from services.router.core.workers import InstanceId
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+
+log = logs.get(__name__)
+
+MAX_QUERIES_A_CALL = 256
+
+DEGRADED = Gauge(
+    "switchgear_router_degraded",
+    "1 while routing lacks what it needs and falls back to load alone",
+    ["reason"],
+)
+
+
+class OverlapClient:
+    """A queue of questions, and one call at a time that takes them all along.
+
+    Without an indexer that answers in time the overlaps are empty, and routing goes by load alone:
+    that is never an error to the client.
+    """
+
+    def __init__(self, indexers: Table[discovery_pb2.Instance], timeout_seconds: float) -> None:
+        self._indexers = indexers
+        self._timeout_seconds = timeout_seconds
+        self._waiting: list[tuple[kv_indexer_pb2.OverlapQuery, asyncio.Future[Overlaps]]] = []
+        self._news = asyncio.Event()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        DEGRADED.labels("no_kv_indexer").set(0)
+
+    async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
+        """Overlaps of each prompt, in order. Takes no longer than a few times the timeout."""
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Overlaps]] = [loop.create_future() for _ in queries]
+        self._waiting.extend(zip(queries, futures, strict=True))
+        self._news.set()
+        return [await future for future in futures]
+
+    async def run(self) -> None:
+        """Answers until cancelled."""
+        try:
+            while True:
+                await self._news.wait()
+                batch = self._waiting[:MAX_QUERIES_A_CALL]
+                del self._waiting[:MAX_QUERIES_A_CALL]
+                if not batch:
+                    self._news.clear()
+                    continue
+                answers = await self._ask([query for query, _ in batch])
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer)
+        finally:
+            for channel in self._channels.values():
+                await channel.close()
+
+    async def _ask(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
+        request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
+        addresses = sorted(indexer.address for indexer in self._indexers.values())
+        for gone in self._channels.keys() - set(addresses):
+            await self._channels.pop(gone).close()
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                for address in addresses:
+                    try:
+                        response = await self._stub(address).FindOverlap(request)
+                    except grpc.aio.AioRpcError as error:
+                        log.debug("indexer failed", address=address, status=error.code().name)
+                        continue
+                    self._set_degraded(False)
+                    return [
+                        dict(zip(map(InstanceId, found.instance_ids), found.blocks, strict=True))
+                        for found in response.overlaps
+                    ]
+        except TimeoutError:
+            log.debug("indexers too slow", timeout_seconds=self._timeout_seconds)
+        self._set_degraded(True)
+        return [{} for _ in queries]
+
+    def _stub(self, address: str) -> kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = channel
+        stub: kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub = (
+            kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
+        )
+        return stub
+
+    def _set_degraded(self, is_degraded: bool) -> None:
+        gauge = DEGRADED.labels("no_kv_indexer")
+        if is_degraded != bool(gauge._value.get()):
+            gauge.set(is_degraded)
+            if is_degraded:
+                log.warning("no KV indexer answers: routing by load alone")
+            else:
+                log.info("KV indexer answers: routing by overlap again")
+
+
+@asynccontextmanager
+async def asking_indexers(
+    discovery: Discovery, timeout_seconds: float
+) -> AsyncIterator[OverlapClient]:
+    """A client of whatever indexers the namespace has, while the body runs."""
+    async with discovery.watching("instances/kv_indexer/", discovery_pb2.Instance) as indexers:
+        client = OverlapClient(indexers, timeout_seconds)
+        async with background(client.run()):
+            yield client

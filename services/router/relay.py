@@ -1,0 +1,501 @@
+"""One frontend's requests on their way: overlap, decision, prefill leg, decode leg, outputs.
+
+A request is routed (its overlap is asked for), prefilled (a prefill worker computes its prompt),
+then decoding (a decode worker has it, and its outputs pass through undecoded). Whatever goes wrong
+with the prefill leg, the decode worker computes the prompt itself. What goes wrong before a decode
+worker took the request is tried on another one; what goes wrong later is the frontend's to migrate,
+which has the tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from random import Random
+from typing import Any
+
+import grpc
+from prometheus_client import Counter
+
+from libs.common import grpc_errors, logs
+from libs.common.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelNotFound,
+    NoLiveInstance,
+    ProtocolViolation,
+    SwitchgearError,
+    WorkerLost,
+)
+from services.router.config import RouterSettings
+from services.router.core.decision import Candidate, Decision, Overlaps, Prompt, Request, decide
+from services.router.core.workers import Booking, InstanceId, Role, Worker
+from services.router.fleet import Fleet
+from services.router.overlap_client import OverlapClient
+from services.router.worker_link import Handle, WorkerLink
+from switchgear.common.v1 import generation_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2
+from switchgear.router.v1 import router_pb2
+from switchgear.worker.v1 import worker_pb2
+
+log = logs.get(__name__)
+
+DEADLINE_MARGIN_SECONDS = 0.05
+"""What a hop keeps of the deadline, so that the caller hears a specific error and not its own."""
+
+REQUESTS = Counter(
+    "switchgear_router_requests_total", "Requests given to a decode worker, by how", ["mode"]
+)
+PREFILL_FALLBACKS = Counter(
+    "switchgear_router_prefill_fallbacks_total",
+    "Prompts that a decode worker computed because the prefill leg failed",
+    ["reason"],
+)
+FAILURES = Counter(
+    "switchgear_router_failures_total", "Requests handed back to the frontend", ["reason"]
+)
+PROMPT_TOKENS = Counter(
+    "switchgear_router_prompt_tokens_total", "Prompt tokens of requests that were routed"
+)
+OVERLAP_TOKENS = Counter(
+    "switchgear_router_overlap_tokens_total",
+    "Prompt tokens that the chosen worker was known to hold",
+)
+
+
+class _Request:
+    """A request that has not ended."""
+
+    __slots__ = (
+        "booking",
+        "deadline",
+        "decode",
+        "excluded",
+        "generation",
+        "handle",
+        "kv_session",
+        "link",
+        "overlaps",
+        "prefill",
+        "prefill_cached_tokens",
+        "prefill_timer",
+        "routing",
+    )
+
+    def __init__(self, submit: router_pb2.Submit, now: float) -> None:
+        self.handle: Handle = submit.handle
+        self.routing = submit.routing
+        self.generation: bytes = submit.generation
+        self.deadline: float | None = None
+        if submit.routing.HasField("timeout"):
+            self.deadline = now + grpc_errors.seconds_of(submit.routing.timeout)
+        self.excluded = {InstanceId(i) for i in submit.routing.excluded_instance_ids}
+        self.overlaps: Overlaps = {}
+        self.link: WorkerLink | None = None
+        """Where it is now; None while the overlap is asked for."""
+        self.decode: Worker | None = None
+        """Chosen for the decode leg while the prefill leg runs, with `booking`."""
+        self.booking: Booking | None = None
+        self.prefill: Worker | None = None
+        """Who computes or has computed the prompt."""
+        self.prefill_timer: asyncio.TimerHandle | None = None
+        self.prefill_cached_tokens = 0
+        self.kv_session: generation_pb2.KvSessionRef | None = None
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.prefill_timer is not None
+
+
+class Relay:
+    """One frontend session."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        overlaps: OverlapClient,
+        settings: RouterSettings,
+        random: Random,
+        wake: Callable[[], None],
+        window_responses: int,
+    ) -> None:
+        """`wake` is called whenever there may be something to take."""
+        if window_responses < 1:
+            raise ProtocolViolation(f"window_responses must be at least 1, got {window_responses}")
+        self._fleet = fleet
+        self._overlaps = overlaps
+        self._settings = settings
+        self._policy = settings.policy
+        self._random = random
+        self._wake = wake
+        self._window = window_responses
+        self._sent = 0
+        self._consumed = 0
+        self._requests: dict[Handle, _Request] = {}
+        self._links: dict[InstanceId, WorkerLink] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._pending = router_pb2.SessionResponse()
+        self._pending_links: list[WorkerLink] = []
+        self._is_dirty = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is on its way."""
+        return not self._requests
+
+    # From the frontend.
+
+    def command(self, request: router_pb2.SessionRequest) -> None:
+        """Takes one message in. Raises ProtocolViolation."""
+        if not self._consumed <= request.consumed_responses <= self._sent:
+            raise ProtocolViolation(
+                f"consumed_responses must be between {self._consumed} and {self._sent}, "
+                f"got {request.consumed_responses}"
+            )
+        self._consumed = request.consumed_responses
+        self._wake()
+        self.cancel(request.cancels)
+        if request.submits:
+            self.submit(request.submits)
+
+    def submit(self, submits: Iterable[router_pb2.Submit]) -> None:
+        """Starts requests. Raises ProtocolViolation for a handle in use."""
+        now = self._loop.time()
+        arrived: list[_Request] = []
+        for submit in submits:
+            if submit.handle in self._requests:
+                raise ProtocolViolation(f"handle {submit.handle} is in use")
+            request = _Request(submit, now)
+            self._requests[submit.handle] = request
+            arrived.append(request)
+        self._spawn(self._route(arrived))
+
+    def cancel(self, handles: Iterable[Handle]) -> None:
+        """Drops requests at whatever leg they are. Unknown handles are ignored."""
+        for handle in handles:
+            request = self._requests.get(handle)
+            if request is not None:
+                self._end(request)
+                if request.link is not None:
+                    request.link.cancel(handle)
+
+    def take(self) -> router_pb2.SessionResponse | None:
+        """The next message to send, with everything there is; None when there is nothing, or no
+        credit."""
+        if not self._is_dirty or self._sent - self._consumed >= self._window:
+            return None
+        response, self._pending = self._pending, router_pb2.SessionResponse()
+        self._is_dirty = False
+        self._sent += 1
+        for link in self._pending_links:
+            link.consumed(1)
+        self._pending_links.clear()
+        return response
+
+    async def close(self) -> None:
+        """Cancels everything; the frontend is gone."""
+        self.cancel(list(self._requests))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Routing.
+
+    async def _route(self, requests: Sequence[_Request]) -> None:
+        try:
+            await self._find_overlaps(requests)
+            for request in requests:
+                if self._requests.get(request.handle) is request:
+                    self._dispatch(request)
+        except Exception:
+            log.exception("routing failed")
+            for request in requests:
+                if self._requests.get(request.handle) is request and request.link is None:
+                    self._fail(request, InternalError("internal error"))
+
+    async def _find_overlaps(self, requests: Sequence[_Request]) -> None:
+        found = await self._overlaps.find(
+            [
+                kv_indexer_pb2.OverlapQuery(
+                    model=request.routing.model,
+                    block_size_tokens=request.routing.block_size_tokens,
+                    sequence_hashes=request.routing.sequence_hashes,
+                )
+                for request in requests
+                if request.routing.sequence_hashes
+            ]
+        )
+        answers = iter(found)
+        for request in requests:
+            if request.routing.sequence_hashes:
+                request.overlaps = next(answers)
+
+    def _dispatch(self, request: _Request) -> None:
+        """Decides and sends the request on its first leg."""
+        decision = self._decide(request, Prompt.OPEN)
+        if decision is None:
+            self._fail(request, no_worker(self._fleet, request.routing.model))
+            return
+        PROMPT_TOKENS.inc(request.routing.prompt_tokens)
+        computing = decision.prefill or decision.decode
+        OVERLAP_TOKENS.inc(computing.overlap_blocks * computing.worker.block_size_tokens)
+        if decision.prefill is None:
+            self._decode(request, decision.decode)
+            return
+        # Booked now: while the prompt is computed others must see the decode worker as taken.
+        request.decode = decision.decode.worker
+        request.booking = decision.decode.booking
+        request.decode.book(request.booking)
+        request.prefill = decision.prefill.worker
+        seconds = self._settings.prefill_timeout_seconds
+        request.prefill_timer = self._loop.call_later(
+            seconds, partial(self._prefill_failed, request, "timeout")
+        )
+        decision.prefill.worker.book(decision.prefill.booking)
+        self._send(
+            request, decision.prefill.worker, worker_pb2.LEG_PREFILL, decision.prefill.booking
+        )
+
+    def _decide(self, request: _Request, prompt: Prompt) -> Decision | None:
+        routing = request.routing
+        return decide(
+            Request(
+                model=routing.model,
+                prompt_tokens=routing.prompt_tokens,
+                block_size_tokens=routing.block_size_tokens,
+                excluded=request.excluded,
+                prompt=prompt,
+            ),
+            self._fleet.workers,
+            request.overlaps,
+            self._policy,
+            self._random,
+        )
+
+    def _decode(self, request: _Request, chosen: Candidate) -> None:
+        chosen.worker.book(chosen.booking)
+        self._send_decode(request, chosen.worker, chosen.booking)
+
+    def _send_decode(self, request: _Request, worker: Worker, booking: Booking) -> None:
+        routed = self._pending.routed.add(handle=request.handle)
+        routed.decode_worker.instance_id = worker.instance_id
+        routed.decode_worker.name = worker.name
+        leg = worker_pb2.LEG_WHOLE
+        if request.kv_session is not None and request.prefill is not None:
+            leg = worker_pb2.LEG_DECODE
+            routed.prefill_worker.instance_id = request.prefill.instance_id
+            routed.prefill_worker.name = request.prefill.name
+            routed.prefill_cached_tokens = request.prefill_cached_tokens
+        REQUESTS.labels("disaggregated" if request.kv_session is not None else "whole").inc()
+        self._touch()
+        self._send(request, worker, leg, booking)
+
+    def _send(
+        self, request: _Request, worker: Worker, leg: worker_pb2.Leg.ValueType, booking: Booking
+    ) -> None:
+        """Puts a leg on the worker's link; the booking is already on the worker."""
+        link = self._link_to(worker)
+        timeout = None
+        if request.deadline is not None:
+            timeout = request.deadline - self._loop.time() - DEADLINE_MARGIN_SECONDS
+        if link is None or (timeout is not None and timeout <= 0):
+            worker.unbook(booking)
+            if link is None:
+                self._leg_lost(request, worker, may_have_run=False)
+            else:
+                self._fail(request, DeadlineExceeded("the deadline passed in the router"))
+            return
+        request.link = link
+        link.submit(
+            request.handle,
+            request.generation,
+            leg,
+            booking,
+            timeout_seconds=timeout,
+            kv_session=request.kv_session if leg == worker_pb2.LEG_DECODE else None,
+        )
+
+    def _link_to(self, worker: Worker) -> WorkerLink | None:
+        link = self._links.get(worker.instance_id)
+        if link is None:
+            member = self._fleet.members.get(worker.instance_id)
+            if member is None or not worker.is_available:
+                return None
+            link = WorkerLink(
+                worker, member.stub, self._settings.window_responses, self._on_response
+            )
+            self._links[worker.instance_id] = link
+            self._spawn(self._run(link))
+        return link
+
+    # From the workers.
+
+    async def _run(self, link: WorkerLink) -> None:
+        reason = "the worker ended the session"
+        try:
+            await link.run()
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name
+        finally:
+            del self._links[link.worker.instance_id]
+            on_it = [request for request in self._requests.values() if request.link is link]
+            if on_it:
+                log.warning(
+                    "worker lost with requests",
+                    worker=link.worker.name,
+                    requests=len(on_it),
+                    reason=reason,
+                )
+            for request in on_it:
+                self._leg_lost(request, link.worker, may_have_run=link.was_answered)
+
+    def _leg_lost(self, request: _Request, worker: Worker, *, may_have_run: bool) -> None:
+        request.excluded.add(worker.instance_id)
+        request.link = None
+        error = WorkerLost(f"{worker.name} was lost")
+        if request.is_prefilling:
+            self._prefill_failed(request, "worker_lost")
+        elif may_have_run:
+            self._fail(request, error, worker.instance_id)
+        else:
+            self._redecide(request, otherwise=error)
+
+    def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
+        for prefilled in response.prefilled:
+            self._prefilled(prefilled)
+        for refusal in response.refusals:
+            self._refused(link, refusal)
+        for handle in response.finished_handles:
+            request = self._requests.get(handle)
+            if request is None or request.link is not link:
+                continue
+            if request.is_prefilling:
+                request.link = None
+                self._prefill_failed(request, "engine")
+            else:
+                self._end(request)
+        if response.outputs and link.worker.role is Role.DECODE:
+            self._pending.outputs.append(response.outputs)
+            self._pending_links.append(link)
+            self._touch()
+        else:
+            link.consumed(1)
+
+    def _prefilled(self, prefilled: worker_pb2.Prefilled) -> None:
+        request = self._requests.get(prefilled.handle)
+        if request is None or not request.is_prefilling:
+            return  # Cancelled or timed out meanwhile; the worker frees the KV with its lease.
+        self._stop_prefill_timer(request)
+        request.link = None
+        request.kv_session = prefilled.kv_session
+        request.prefill_cached_tokens = prefilled.cached_tokens
+        worker, booking = request.decode, request.booking
+        assert worker is not None
+        assert booking is not None
+        if worker.is_available:
+            request.decode = request.booking = None
+            self._send_decode(request, worker, booking)
+        else:
+            self._release_decode(request)
+            self._redecide(request, no_worker(self._fleet, request.routing.model))
+
+    def _prefill_failed(self, request: _Request, reason: str) -> None:
+        """The decode worker computes the prompt itself."""
+        if not request.is_prefilling:
+            return
+        assert request.prefill is not None
+        log.warning(
+            "prefill leg failed",
+            request_id=request.routing.request_id,
+            worker=request.prefill.name,
+            reason=reason,
+        )
+        PREFILL_FALLBACKS.labels(reason).inc()
+        self._stop_prefill_timer(request)
+        if request.link is not None:
+            request.link.cancel(request.handle)
+            request.link = None
+        request.prefill = None
+        self._release_decode(request)
+        self._redecide(request, no_worker(self._fleet, request.routing.model))
+
+    def _release_decode(self, request: _Request) -> None:
+        """Takes back the booking of a decode leg that was planned."""
+        if request.decode is not None and request.booking is not None:
+            request.decode.unbook(request.booking)
+            request.decode = request.booking = None
+
+    def _redecide(self, request: _Request, otherwise: SwitchgearError) -> None:
+        """Chooses a decode worker once the prefill leg is over. Without one the request fails."""
+        prompt = Prompt.LOCAL if request.kv_session is None else Prompt.COMPUTED
+        decision = self._decide(request, prompt)
+        if decision is None:
+            self._fail(request, otherwise)
+        else:
+            self._decode(request, decision.decode)
+
+    def _refused(self, link: WorkerLink, refusal: worker_pb2.Refusal) -> None:
+        request = self._requests.get(refusal.handle)
+        if request is None or request.link is not link:
+            return
+        request.link = None
+        if request.is_prefilling:
+            self._prefill_failed(request, refusal.error.reason.lower())
+            return
+        error = grpc_errors.from_message(refusal.error)
+        if not error.is_retryable:
+            self._fail(request, error)
+            return
+        request.excluded.add(link.worker.instance_id)
+        self._redecide(request, otherwise=error)
+
+    # The end.
+
+    def _fail(
+        self, request: _Request, error: SwitchgearError, instance_id: InstanceId | None = None
+    ) -> None:
+        FAILURES.labels(error.reason).inc()
+        self._end(request)
+        self._pending.failures.add(
+            handle=request.handle,
+            error=grpc_errors.to_message(error),
+            failed_instance_id=instance_id or 0,
+        )
+        self._touch()
+
+    def _end(self, request: _Request) -> None:
+        self._requests.pop(request.handle, None)
+        self._stop_prefill_timer(request)
+        self._release_decode(request)
+
+    @staticmethod
+    def _stop_prefill_timer(request: _Request) -> None:
+        if request.prefill_timer is not None:
+            request.prefill_timer.cancel()
+            request.prefill_timer = None
+
+    def _touch(self) -> None:
+        self._is_dirty = True
+        self._wake()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned_done)
+
+    def _spawned_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("relay task failed", exc_info=error)
+
+
+def no_worker(fleet: Fleet, model: str) -> SwitchgearError:
+    """Why a model can't be served now: unknown, or known and not ready."""
+    if fleet.is_known(model):
+        return NoLiveInstance(
+            f"no decode worker of model {model!r} is ready", retry_after_seconds=1
+        )
+    return ModelNotFound(f"model {model!r} does not exist", param="model")

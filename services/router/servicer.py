@@ -1,0 +1,218 @@
+"""RouterService over relays: frontends' sessions and the plain calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from random import Random
+from typing import Any
+
+import grpc
+
+from libs.common import grpc_errors, hashing
+from libs.common.duplex import serve_duplex
+from libs.common.errors import (
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    NoLiveInstance,
+    SwitchgearError,
+)
+from services.router.config import RouterSettings
+from services.router.core.decision import Candidate, Request, decide
+from services.router.core.workers import InstanceId
+from services.router.fleet import Fleet
+from services.router.overlap_client import OverlapClient
+from services.router.relay import Relay, no_worker
+from switchgear.common.v1 import generation_pb2, outputs_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2
+from switchgear.router.v1 import router_pb2, router_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Thin handlers; relays do the work."""
+
+    def __init__(self, fleet: Fleet, overlaps: OverlapClient, settings: RouterSettings) -> None:
+        self._fleet = fleet
+        self._overlaps = overlaps
+        self._settings = settings
+        self._random = Random()
+        self._relays: set[Relay] = set()
+        self.closing = asyncio.Event()
+        """Set to end all sessions; their frontends then go elsewhere."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is on its way."""
+        return all(relay.is_idle for relay in self._relays)
+
+    def _open(self, news: asyncio.Event, window_responses: int) -> Relay:
+        if self.closing.is_set():
+            raise NoLiveInstance("the router is shutting down")
+        relay = Relay(
+            self._fleet, self._overlaps, self._settings, self._random, news.set, window_responses
+        )
+        self._relays.add(relay)
+        return relay
+
+    async def _close(self, relay: Relay) -> None:
+        self._relays.discard(relay)
+        await relay.close()
+
+    # grpc.aio takes a coroutine that writes by itself as well as an iterator.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
+    ) -> None:
+        """Gives commands to a relay and sends what it has ready."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return
+        news = asyncio.Event()
+        relay = self._open(news, first.window_responses)
+        try:
+            relay.command(first)
+            await serve_duplex(
+                request_iterator,
+                context,
+                command=relay.command,
+                take=relay.take,
+                news=news,
+                closing=self.closing,
+            )
+        finally:
+            await self._close(relay)
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        """One request in a relay of its own."""
+        submit = self._submit_of(request.generation, context.time_remaining())
+        news = asyncio.Event()
+        relay = self._open(news, window_responses=1)
+        consumed = 0
+        routed: router_pb2.Routed | None = None
+        try:
+            relay.submit([submit])
+            while True:
+                await news.wait()
+                news.clear()
+                if (message := relay.take()) is None:
+                    continue
+                if message.routed:
+                    routed = message.routed[-1]
+                for failure in message.failures:
+                    raise grpc_errors.from_message(failure.error)
+                for response in _responses(message):
+                    if routed is not None:
+                        response.routed.CopyFrom(routed)
+                        routed = None
+                    yield response
+                    if response.finish_reason:
+                        return
+                consumed += 1
+                relay.command(router_pb2.SessionRequest(consumed_responses=consumed))
+        finally:
+            await self._close(relay)
+
+    def _submit_of(
+        self, generation: generation_pb2.Generation, timeout_seconds: float | None
+    ) -> router_pb2.Submit:
+        if not generation.model:
+            raise InvalidRequest("generation.model must not be empty", param="model")
+        if not generation.token_ids:
+            raise InvalidRequest("generation.token_ids must not be empty", param="token_ids")
+        if not self._fleet.is_known(generation.model):
+            raise ModelNotFound(f"model {generation.model!r} does not exist", param="model")
+        sizes = [w.block_size_tokens for w in self._fleet.workers if w.model == generation.model]
+        block_size = sizes[0] if sizes else 0
+        routing = router_pb2.RoutingRequest(
+            request_id=generation.request_id,
+            model=generation.model,
+            prompt_tokens=len(generation.token_ids),
+            block_size_tokens=block_size,
+        )
+        if block_size:
+            routing.sequence_hashes.extend(
+                hashing.sequence_hashes(
+                    generation.token_ids, block_size, cache_salt=generation.kv.cache_salt
+                )
+            )
+        if timeout_seconds is not None:
+            routing.timeout.CopyFrom(grpc_errors.duration_of(timeout_seconds))
+        return router_pb2.Submit(
+            handle=1, routing=routing, generation=generation.SerializeToString()
+        )
+
+    async def SelectWorker(
+        self, request: router_pb2.SelectWorkerRequest, context: Context
+    ) -> router_pb2.SelectWorkerResponse:
+        """The decision as it would be now, with everyone's terms."""
+        routing = request.routing
+        [overlaps] = await self._overlaps.find(
+            [
+                kv_indexer_pb2.OverlapQuery(
+                    model=routing.model,
+                    block_size_tokens=routing.block_size_tokens,
+                    sequence_hashes=routing.sequence_hashes,
+                )
+            ]
+        )
+        decision = decide(
+            Request(
+                model=routing.model,
+                prompt_tokens=routing.prompt_tokens,
+                block_size_tokens=routing.block_size_tokens,
+                excluded=frozenset(map(InstanceId, routing.excluded_instance_ids)),
+            ),
+            self._fleet.workers,
+            overlaps,
+            self._settings.policy,
+            self._random,
+        )
+        if decision is None:
+            raise no_worker(self._fleet, routing.model)
+        return router_pb2.SelectWorkerResponse(
+            prefill_worker=_ref(decision.prefill) if decision.prefill is not None else None,
+            decode_worker=_ref(decision.decode),
+            decode_candidates=map(_candidate, decision.decode_candidates),
+            prefill_candidates=map(_candidate, decision.prefill_candidates),
+        )
+
+
+def _responses(message: router_pb2.SessionResponse) -> list[router_pb2.GenerateResponse]:
+    """What a session message says of its only request. Raises its error."""
+    responses: list[router_pb2.GenerateResponse] = []
+    for serialised in message.outputs:
+        outputs = outputs_pb2.StepOutputs.FromString(serialised)
+        reason = generation_pb2.FINISH_REASON_UNSPECIFIED
+        for finish in outputs.finishes:
+            if finish.reason == generation_pb2.FINISH_REASON_ERROR:
+                raise _engine_error(finish.error)
+            reason = finish.reason
+        if outputs.token_ids or reason:
+            responses.append(
+                router_pb2.GenerateResponse(token_ids=outputs.token_ids, finish_reason=reason)
+            )
+    return responses
+
+
+def _engine_error(message: generation_pb2.Error) -> SwitchgearError:
+    return grpc_errors.from_message(message) if message.reason else InternalError("engine failed")
+
+
+def _ref(candidate: Candidate) -> router_pb2.WorkerRef:
+    worker = candidate.worker
+    return router_pb2.WorkerRef(instance_id=worker.instance_id, name=worker.name)
+
+
+def _candidate(candidate: Candidate) -> router_pb2.Candidate:
+    return router_pb2.Candidate(
+        worker=_ref(candidate),
+        cost=candidate.cost,
+        overlap_blocks=candidate.overlap_blocks,
+        queued_prefill_tokens=candidate.queued_prefill_tokens,
+        new_prefill_tokens=candidate.new_prefill_tokens,
+        decode_tokens=candidate.decode_tokens,
+    )

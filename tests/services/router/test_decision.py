@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.router.core.decision import Decision, Overlaps, Policy, Prompt, Request, decide
+from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
+
+POLICY = Policy()
+LONG = Request(model="m", prompt_tokens=1000, block_size_tokens=10)
+SHORT = Request(model="m", prompt_tokens=100, block_size_tokens=10)
+
+
+def worker(
+    number: int,
+    role: Role = Role.DECODE,
+    *,
+    queued: int = 0,
+    active: int = 0,
+    model: str = "m",
+    block_size: int = 10,
+    backend: str = "nixl",
+) -> Worker:
+    made = Worker(
+        instance_id=InstanceId(number),
+        name=f"w{number}",
+        role=role,
+        model=model,
+        block_size_tokens=block_size,
+        transfer_backend=backend,
+    )
+    made.load = Load(queued_prefill_tokens=queued, active_kv_blocks=active)
+    made.is_available = True
+    return made
+
+
+def choose(
+    request: Request, workers: list[Worker], overlaps: Overlaps | None = None, seed: int = 0
+) -> tuple[int | None, int | None]:
+    """Prefill and decode worker by number."""
+    decision = decide(request, workers, overlaps or {}, POLICY, Random(seed))
+    return _numbers(decision)
+
+
+def _numbers(decision: Decision | None) -> tuple[int | None, int | None]:
+    if decision is None:
+        return None, None
+    prefill = decision.prefill.worker.instance_id if decision.prefill else None
+    return prefill, decision.decode.worker.instance_id
+
+
+def test_the_worker_that_holds_the_prefix_is_preferred() -> None:
+    assert choose(SHORT, [worker(1), worker(2)], {InstanceId(2): 5}) == (None, 2)
+
+
+def test_a_holder_with_a_long_queue_is_passed_over() -> None:
+    workers = [worker(1), worker(2, queued=500)]
+    assert choose(SHORT, workers, {InstanceId(2): 5}) == (None, 1)
+
+
+def test_a_long_prompt_goes_to_the_prefill_worker_that_holds_most_of_it() -> None:
+    workers = [worker(1, Role.PREFILL), worker(2, Role.PREFILL), worker(3)]
+    assert choose(LONG, workers, {InstanceId(2): 90}) == (2, 3)
+
+
+def test_a_short_prompt_is_computed_by_the_decode_worker() -> None:
+    assert choose(SHORT, [worker(1, Role.PREFILL), worker(2)]) == (None, 2)
+
+
+def test_a_prompt_that_the_decode_worker_mostly_holds_is_computed_there() -> None:
+    workers = [worker(1, Role.PREFILL), worker(2)]
+    assert choose(LONG, workers, {InstanceId(2): 80}) == (None, 2)
+    long = Request(model="m", prompt_tokens=10_000, block_size_tokens=10)
+    assert choose(long, workers, {InstanceId(2): 700}) == (1, 2)
+
+
+def test_with_a_remote_prefill_the_decode_worker_is_chosen_by_load() -> None:
+    workers = [worker(1, Role.PREFILL), worker(2, active=500), worker(3, active=100)]
+    assert choose(LONG, workers, {InstanceId(2): 30}) == (1, 3)
+
+
+def test_without_a_prefill_worker_a_long_prompt_is_served_whole() -> None:
+    assert choose(LONG, [worker(1)]) == (None, 1)
+
+
+def test_workers_that_cannot_exchange_kv_are_not_paired() -> None:
+    assert choose(LONG, [worker(1, Role.PREFILL, backend="sim"), worker(2)]) == (None, 2)
+    assert choose(LONG, [worker(1, Role.PREFILL, backend=""), worker(2, backend="")]) == (None, 2)
+
+
+def test_a_failed_prefill_leg_is_not_tried_again() -> None:
+    request = Request(model="m", prompt_tokens=1000, block_size_tokens=10, prompt=Prompt.LOCAL)
+    assert choose(request, [worker(1, Role.PREFILL), worker(2)]) == (None, 2)
+
+
+def test_a_prompt_computed_elsewhere_is_not_charged_to_the_decode_worker() -> None:
+    request = Request(model="m", prompt_tokens=1000, block_size_tokens=10, prompt=Prompt.COMPUTED)
+    decision = decide(request, [worker(1)], {}, POLICY, Random(0))
+    assert decision is not None
+    assert decision.decode.new_prefill_tokens == 0
+    assert decision.decode.booking == Booking(prefill_tokens=0, kv_blocks=100)
+
+
+def test_excluded_lost_and_foreign_workers_are_left_out() -> None:
+    gone = worker(2)
+    gone.is_available = False
+    workers = [worker(1), gone, worker(3, model="other")]
+    request = Request(
+        model="m", prompt_tokens=10, block_size_tokens=10, excluded=frozenset({InstanceId(1)})
+    )
+    assert choose(request, workers) == (None, None)
+
+
+def test_overlaps_in_another_block_size_count_as_nothing() -> None:
+    workers = [worker(1, block_size=20, queued=10), worker(2, block_size=20)]
+    assert choose(SHORT, workers, {InstanceId(1): 10}) == (None, 2)
+
+
+def test_equal_costs_are_decided_by_lot() -> None:
+    workers = [worker(number) for number in range(4)]
+    assert {choose(SHORT, workers, seed=seed)[1] for seed in range(50)} == {0, 1, 2, 3}
+
+
+def test_a_burst_is_spread_by_bookings() -> None:
+    workers = [worker(number) for number in range(4)]
+    chosen = []
+    for seed in range(8):
+        decision = decide(SHORT, workers, {}, POLICY, Random(seed))
+        assert decision is not None
+        decision.decode.worker.book(decision.decode.booking)
+        chosen.append(decision.decode.worker.instance_id)
+    assert sorted(chosen) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_temperature_gives_dearer_workers_a_chance() -> None:
+    workers = [worker(1), worker(2, active=10)]
+    policy = Policy(temperature=1.0)
+    chosen = [_numbers(decide(SHORT, workers, {}, policy, Random(seed)))[1] for seed in range(300)]
+    assert 1 > chosen.count(2) / len(chosen) > 0.1
+    assert chosen.count(1) > chosen.count(2)
+
+
+fleets = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 500), st.integers(0, 60), st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(fleets, st.integers(1, 500), st.integers(0, 1000))
+def test_the_winner_is_the_cheapest_by_the_formula(
+    fleet: list[tuple[int, int, int, bool]], prompt_tokens: int, seed: int
+) -> None:
+    workers = []
+    overlaps: dict[InstanceId, int] = {}
+    costs = {}
+    for number, (queued, active, overlap, is_there) in enumerate(fleet, start=1):
+        made = worker(number, queued=queued, active=active)
+        made.is_available = is_there
+        held = min(overlap, prompt_tokens // 10)
+        workers.append(made)
+        overlaps[InstanceId(number)] = held
+        if is_there:
+            prefill = queued + max(1, prompt_tokens - held * 10)
+            costs[number] = prefill + (active + math.ceil(prompt_tokens / 10) - held) * 10
+    request = Request(model="m", prompt_tokens=prompt_tokens, block_size_tokens=10)
+    decision = decide(request, workers, overlaps, POLICY, Random(seed))
+    if not costs:
+        assert decision is None
+        return
+    assert decision is not None
+    assert decision.decode.cost == min(costs.values())
+    assert costs[decision.decode.worker.instance_id] == decision.decode.cost
+    assert [c.cost for c in decision.decode_candidates] == sorted(costs.values())
