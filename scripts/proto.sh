@@ -4,10 +4,9 @@ set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 site_packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-new=build/proto.new
-
-rm -rf "$new"
-mkdir -p "$new/switchgear"
+mkdir -p build
+new=$(mktemp -d build/proto.XXXXXX)
+trap 'rm -rf "$new"' EXIT
 # site-packages holds google/rpc/*.proto, which errors are described with.
 find protos -name '*.proto' -exec python -m grpc_tools.protoc -I protos -I "$site_packages" \
     --python_out="$new" --grpc_python_out="$new" --mypy_out="quiet:$new" --mypy_grpc_out="quiet:$new" {} +

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
@@ -84,5 +85,14 @@ def run_service(
         raise SystemExit(2) from None
     except Exception:
         log.exception("service failed")
-        raise SystemExit(1) from None
+        _exit_now(1)
     log.info("stopped")
+    _exit_now(0)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """Everything has been closed by now. What the interpreter would still do is run the teardown of
+    native libraries, and a real engine's hangs there."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)

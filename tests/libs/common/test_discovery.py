@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
 from libs.common import discovery
 from libs.common.discovery import Discovery, Table, new_instance_id
 from switchgear.discovery.v1 import discovery_pb2
+from tests.fixtures.eventually import until
 from tests.fixtures.servers import ServerProcess
 
 WORKER = discovery_pb2.Instance(
@@ -18,12 +18,6 @@ WORKER = discovery_pb2.Instance(
 CARD = discovery_pb2.ModelCard(
     instance_id=0xAB, role=discovery_pb2.ROLE_DECODE_WORKER, model="org/some model"
 )
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_true():  # noqa: ASYNC110 - of anything, not only of what has an event
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

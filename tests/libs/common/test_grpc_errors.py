@@ -17,12 +17,12 @@ class Failing(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
 
     error: Exception
 
-    async def FindOverlap(  # noqa: N802
+    async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: object
     ) -> kv_indexer_pb2.FindOverlapResponse:
         raise self.error
 
-    async def GetStatus(  # noqa: N802
+    async def GetStatus(
         self, request: kv_indexer_pb2.GetStatusRequest, context: object
     ) -> kv_indexer_pb2.GetStatusResponse:
         raise self.error

@@ -24,6 +24,7 @@ from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.fixtures.eventually import until
 from tests.fixtures.workers import FILES, MODEL, SimWorker, sim_worker
 
 PREFILL = discovery_pb2.ROLE_PREFILL_WORKER
@@ -38,7 +39,7 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
 
-    async def FindOverlap(  # noqa: N802
+    async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: object
     ) -> kv_indexer_pb2.FindOverlapResponse:
         return kv_indexer_pb2.FindOverlapResponse(
@@ -48,7 +49,7 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
             ]
         )
 
-    async def GetStatus(  # noqa: N802
+    async def GetStatus(
         self, request: kv_indexer_pb2.GetStatusRequest, context: object
     ) -> kv_indexer_pb2.GetStatusResponse:
         return kv_indexer_pb2.GetStatusResponse()
@@ -96,12 +97,6 @@ class Stand:
 
     def _is_available(self, name: str) -> bool:
         return any(w.name == name and w.is_available for w in self.fleet.workers)
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_true():  # noqa: ASYNC110 - of anything, not only of what has an event
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

@@ -1,0 +1,1 @@
+"""A whole deployment as plain processes on one machine."""

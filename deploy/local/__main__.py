@@ -1,0 +1,266 @@
+"""Starts, shows and stops a whole deployment on this machine: `python -m deploy.local --help`."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import psutil
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from deploy.local import default_model, topology
+from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.ports import FreePorts, is_free
+from deploy.local.process import RunningProcess
+from deploy.local.topology import Deployment, Engine
+
+_READY_TIMEOUT_SECONDS: dict[Engine, float] = {"sim": 60.0, "vllm": 600.0}
+_WATCH_SECONDS = 0.5
+_LOG_LINES = 100
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+
+RunDir = Annotated[Path, typer.Option(help="Where pid files, logs and data are.")]
+DEFAULT_RUN_DIR = topology.REPOSITORY / ".run"
+
+
+class Interrupted(Exception):
+    """A person or the system asked the launcher to end."""
+
+
+@app.command()
+def up(
+    engine: Annotated[Literal["vllm", "sim"], typer.Option()] = "vllm",
+    model: Annotated[str, typer.Option(help="A Hugging Face folder.")] = "",
+    dtype: str = "bfloat16",
+    prefill: Annotated[int, typer.Option(min=0)] = 1,
+    decode: Annotated[int, typer.Option(min=1)] = 1,
+    frontends: Annotated[int, typer.Option(min=1)] = 1,
+    routers: Annotated[int, typer.Option(min=1)] = 1,
+    indexers: Annotated[int, typer.Option(min=0)] = 1,
+    http_port: int = 8000,
+    detach: Annotated[bool, typer.Option(help="Return when everything is ready.")] = False,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Start a deployment, wait until it serves, and keep it until Ctrl-C (or `down`)."""
+    cluster = LocalCluster(run_dir)
+    cluster.refuse_if_running()
+    if not is_free(http_port):
+        raise ClusterError(f"port {http_port} is in use; choose another (make up HTTP_PORT=...)")
+    folder, model_name = _model(engine, model)
+    deployment = Deployment(
+        engine=engine,
+        model=folder,
+        model_name=model_name,
+        dtype=dtype,
+        prefill=prefill,
+        decode=decode,
+        frontends=frontends,
+        routers=routers,
+        indexers=indexers,
+        http_port=http_port,
+        has_gpu=_has_gpu(),
+    )
+    stop_requested = _stop_requests()
+    cluster.start(topology.processes(deployment, run_dir, FreePorts().take))
+    with ExitStack() as stack:
+        # However this ends, even by a print to a terminal that is gone, nothing is left running.
+        stack.enter_context(cluster)
+        try:
+            _show_start(cluster, _READY_TIMEOUT_SECONDS[engine], stop_requested)
+            _show_usage(deployment, cluster)
+            if detach:
+                stack.pop_all()
+                return
+            _watch(cluster, stop_requested)
+        except Interrupted:
+            pass
+        console.print("stopping")
+    console.print("stopped")
+
+
+@app.command()
+def down(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Stop everything. Fine to repeat."""
+    LocalCluster(run_dir).stop()
+    console.print("stopped")
+
+
+@app.command()
+def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show every process with its pid, address and health."""
+    processes = LocalCluster(run_dir).processes()
+    if not processes:
+        console.print("nothing is running (make up starts it)")
+        return
+    table = Table("service", "pid", "up", box=None, header_style="bold")
+    table.add_column("address", no_wrap=True, overflow="ignore")
+    table.add_column("health")
+    with ThreadPoolExecutor(len(processes)) as pool:
+        for process, health in zip(processes, pool.map(_health, processes), strict=True):
+            pid, up_time = (str(process.pid), _age(process)) if process.is_alive() else ("-", "-")
+            table.add_row(process.name, pid, up_time, process.spec.address, health)
+    console.print(table)
+
+
+@app.command()
+def logs(
+    service: Annotated[str, typer.Argument(help="Such as router-0; all of them without.")] = "",
+    follow: bool = False,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Show the end of a process's log, or of all."""
+    cluster = LocalCluster(run_dir)
+    found = sorted(path.stem for path in cluster.run_dir.glob("*.log"))
+    chosen = [name for name in found if service in ("", name)]
+    if not chosen:
+        raise ClusterError(f"no log of {service!r} here, only: {', '.join(found) or 'none'}")
+    command = ["tail", "-n", str(_LOG_LINES), *(["-F"] if follow else [])]
+    os.execvp("tail", [*command, *(str(cluster.log_path(name)) for name in chosen)])
+
+
+@app.command()
+def restart(service: str, run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Start one process again, dead or alive, exactly as it was started."""
+    process = LocalCluster(run_dir).restart(service, max(_READY_TIMEOUT_SECONDS.values()))
+    console.print(f"{process.name} runs as {process.pid}")
+
+
+@app.command("model")
+def make_model() -> None:
+    """Make the default model, if it is not there, and print its folder."""
+    print(default_model.model_folder(report=lambda line: print(line, file=sys.stderr)))
+
+
+def _model(engine: Engine, model: str) -> tuple[Path, str]:
+    if model:
+        folder = Path(model).absolute()
+        if not (folder / "config.json").is_file():
+            raise ClusterError(f"MODEL={model} is not a Hugging Face folder: it has no config.json")
+        return folder, folder.name
+    make = default_model.tokenizer_folder if engine == "sim" else default_model.model_folder
+    try:
+        return make(console.print), default_model.NAME
+    except subprocess.SubprocessError as error:
+        raise ClusterError(
+            f"cannot download the default model ({error}); name a folder with MODEL=..."
+        ) from error
+
+
+def _has_gpu() -> bool:
+    """The same question that decides which vLLM is installed."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
+    return bool(listing.stdout.strip())
+
+
+def _stop_requests() -> threading.Event:
+    """Set by SIGINT, SIGTERM and SIGHUP. They interrupt nothing: it is looked at where safe."""
+    requested = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: requested.set())
+    return requested
+
+
+def _show_start(
+    cluster: LocalCluster, timeout_seconds: float, stop_requested: threading.Event
+) -> None:
+    """Waits until everything is ready, with one line for each process."""
+    started_at = time.monotonic()
+    ready_after: dict[str, float] = {}
+    names = [process.name for process in cluster.processes()]
+
+    def table() -> Table:
+        rows = Table(box=None, show_header=False)
+        for name in names:
+            if name in ready_after:
+                rows.add_row(name, "[green]ready[/]", f"{ready_after[name]:.1f} s")
+            else:
+                rows.add_row(name, "starting", f"{time.monotonic() - started_at:.1f} s")
+        return rows
+
+    def report(ready: set[str]) -> None:
+        if stop_requested.is_set():
+            raise Interrupted
+        for name in sorted(ready - ready_after.keys()):
+            ready_after[name] = time.monotonic() - started_at
+            if not console.is_terminal:
+                console.print(f"{name} ready after {ready_after[name]:.1f} s")
+        if console.is_terminal:
+            live.update(table(), refresh=True)
+
+    # Without a terminal nothing can be repainted: each process has one line, when it is ready.
+    live = Live(console=console, auto_refresh=False)
+    with live if console.is_terminal else nullcontext():
+        cluster.wait_ready(timeout_seconds, report)
+
+
+def _show_usage(deployment: Deployment, cluster: LocalCluster) -> None:
+    url = topology.http_url(deployment)
+    body = (
+        f'{{"model": "{deployment.model_name}", "stream": true, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    )
+    console.print(f"\n{deployment.model_name} is served at [bold]{url}[/]\n", soft_wrap=True)
+    console.print(
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(f"logs: {cluster.run_dir}/*.log   make status | logs | restart | down")
+
+
+def _watch(cluster: LocalCluster, stop_requested: threading.Event) -> None:
+    """Returns when asked to stop or when another command has stopped everything."""
+    console.print("Ctrl-C stops everything")
+    missing: set[str] = set()
+    noted: set[str] = set()
+    while not stop_requested.wait(_WATCH_SECONDS):
+        processes = cluster.processes()
+        if not processes:
+            return
+        alive = {process.name for process in processes if process.is_alive()}
+        dead = {process.name for process in processes} - alive
+        # Dead at two looks in a row: one look may fall into a restart.
+        for name in sorted((dead & missing) - noted):
+            console.print(f"{name} died; the rest goes on (make restart SERVICE={name})")
+        for name in sorted(noted & alive):
+            console.print(f"{name} runs again")
+        noted = dead & missing
+        missing = dead
+
+
+def _health(process: RunningProcess) -> str:
+    if not process.is_alive():
+        return "[red]dead[/]"
+    failure = process.spec.failure()
+    return "[green]ready[/]" if failure is None else f"[yellow]{failure}[/]"
+
+
+def _age(process: RunningProcess) -> str:
+    seconds = int(time.time() - psutil.Process(process.pid).create_time())
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def main() -> None:
+    try:
+        app()
+    except ClusterError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

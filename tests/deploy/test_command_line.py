@@ -1,0 +1,175 @@
+"""`python -m deploy.local`, with stand-ins for the services."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deploy.local import __main__ as command_line
+from deploy.local import topology
+from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.ports import FreePorts
+from deploy.local.probe import Probe
+from deploy.local.process import ProcessSpec
+
+TIMEOUT_SECONDS = 20.0
+
+# The launcher as it is, but for which processes make up a deployment.
+LAUNCHER = """
+import json, sys
+from deploy.local import __main__ as command_line, topology
+from deploy.local.process import ProcessSpec
+stand_ins = [ProcessSpec.model_validate(spec) for spec in json.loads(sys.argv.pop(1))]
+topology.processes = lambda *_: stand_ins
+command_line.main()
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    with LocalCluster(tmp_path / "run") as cluster:
+        yield cluster
+
+
+def sleeper(name: str) -> ProcessSpec:
+    return ProcessSpec(name=name, command=("/bin/sleep", "60"))
+
+
+def up_flags(model: Path, cluster: LocalCluster) -> list[str]:
+    flags = ["up", "--engine", "sim", "--model", str(model), "--run-dir", str(cluster.run_dir)]
+    return [*flags, "--http-port", str(FreePorts().take())]
+
+
+@contextmanager
+def launcher(stand_ins: list[ProcessSpec], flags: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    specs = json.dumps([spec.model_dump() for spec in stand_ins])
+    command = [sys.executable, "-c", LAUNCHER, specs, *flags]
+    with subprocess.Popen(
+        command,
+        cwd=topology.REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"the launcher ended without saying {text!r}")
+
+
+@pytest.mark.parametrize("signal_number", [2, 15, 1], ids=["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_launcher_stops_everything(
+    model: Path, cluster: LocalCluster, signal_number: int
+) -> None:
+    with launcher([sleeper("a-0")], up_flags(model, cluster)) as process:
+        read_until(process, "Ctrl-C stops everything")
+        [started] = cluster.processes()
+        process.send_signal(signal_number)
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    assert (started.is_alive(), cluster.processes()) == (False, [])
+
+
+def test_a_launcher_that_can_no_longer_print_still_stops_everything(
+    model: Path, cluster: LocalCluster
+) -> None:
+    with launcher([sleeper("a-0")], up_flags(model, cluster)) as process:
+        read_until(process, "Ctrl-C stops everything")
+        [started] = cluster.processes()
+        assert process.stdout is not None
+        process.stdout.close()
+        process.terminate()
+        process.wait(TIMEOUT_SECONDS)
+    assert (started.is_alive(), cluster.processes()) == (False, [])
+
+
+def test_the_launcher_says_which_process_died_and_keeps_the_rest(
+    model: Path, cluster: LocalCluster
+) -> None:
+    with launcher([sleeper("a-0"), sleeper("b-0")], up_flags(model, cluster)) as process:
+        read_until(process, "Ctrl-C stops everything")
+        cluster.kill("b-0")
+        assert "make restart SERVICE=b-0" in read_until(process, "died")
+        assert [left.name for left in cluster.processes() if left.is_alive()] == ["a-0"]
+
+
+def test_the_launcher_ends_when_another_command_stops_everything(
+    model: Path, cluster: LocalCluster
+) -> None:
+    with launcher([sleeper("a-0")], up_flags(model, cluster)) as process:
+        read_until(process, "Ctrl-C stops everything")
+        cluster.stop()
+        assert process.wait(TIMEOUT_SECONDS) == 0
+
+
+def test_a_detached_deployment_outlives_its_launcher(model: Path, cluster: LocalCluster) -> None:
+    with launcher([sleeper("a-0")], [*up_flags(model, cluster), "--detach"]) as process:
+        read_until(process, "curl -N http")
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    assert [left.is_alive() for left in cluster.processes()] == [True]
+
+
+def test_a_process_that_dies_while_starting_fails_the_command_and_stops_the_rest(
+    model: Path, cluster: LocalCluster
+) -> None:
+    never = Probe(kind="nats", target=f"127.0.0.1:{FreePorts().take()}")
+    failing = ProcessSpec(
+        name="b-0", command=("/bin/sh", "-c", "echo out of memory; exit 1"), probes=(never,)
+    )
+    with launcher([sleeper("a-0"), failing], up_flags(model, cluster)) as process:
+        read_until(process, "b-0 died while starting")
+        read_until(process, "out of memory")
+        assert process.wait(TIMEOUT_SECONDS) == 1
+    assert cluster.processes() == []
+
+
+def test_a_taken_http_port_is_refused_before_anything_starts(
+    model: Path, cluster: LocalCluster
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = CliRunner().invoke(
+            command_line.app, [*up_flags(model, cluster), "--http-port", str(port)]
+        )
+    assert isinstance(result.exception, ClusterError)
+    assert f"port {port} is in use" in str(result.exception)
+    assert cluster.processes() == []
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, cluster: LocalCluster) -> None:
+    result = CliRunner().invoke(command_line.app, up_flags(tmp_path, cluster))
+    assert "is not a Hugging Face folder" in str(result.exception)
+
+
+def test_status_shows_the_living_and_the_dead(model: Path, cluster: LocalCluster) -> None:
+    flags = [*up_flags(model, cluster), "--detach"]
+    with launcher([sleeper("a-0"), sleeper("b-0")], flags) as process:
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    cluster.kill("b-0")
+    flags = ["status", "--run-dir", str(cluster.run_dir)]
+    lines = CliRunner().invoke(command_line.app, flags).output.splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in lines[1:]] == [
+        ("a-0", "ready"),
+        ("b-0", "dead"),
+    ]

@@ -1,0 +1,92 @@
+"""Which processes a deployment has, and what they are told."""
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.local import topology
+from deploy.local.process import ProcessSpec
+from deploy.local.topology import Deployment
+
+
+def specs(**choices: Any) -> dict[str, ProcessSpec]:
+    deployment = Deployment.model_validate(
+        {"engine": "sim", "model": "/models/m", "model_name": "m", "http_port": 8000} | choices
+    )
+    made = topology.processes(deployment, Path("/run"), count(10_000).__next__)
+    return {spec.name: spec for spec in made}
+
+
+def flag(spec: ProcessSpec, name: str) -> str:
+    return spec.command[spec.command.index(name) + 1]
+
+
+def test_one_of_everything_by_default() -> None:
+    assert list(specs()) == [
+        "etcd-0",
+        "nats-0",
+        "prefill_worker-0",
+        "decode_worker-0",
+        "kv_indexer-0",
+        "router-0",
+        "frontend-0",
+    ]
+
+
+def test_without_prefill_workers_the_decode_workers_are_alone() -> None:
+    names = specs(prefill=0, decode=2)
+    assert [name for name in names if "worker" in name] == ["decode_worker-0", "decode_worker-1"]
+
+
+def test_only_the_frontends_share_a_port() -> None:
+    made = specs(prefill=2, decode=2, routers=2, indexers=2, frontends=3)
+    ports = [port for spec in made.values() for kind, port in spec.ports.items() if kind != "http"]
+    assert len(ports) == len(set(ports))
+    assert {spec.ports["http"] for spec in made.values() if "http" in spec.ports} == {8000}
+
+
+def test_every_service_is_told_its_name_and_where_etcd_and_nats_are() -> None:
+    made = specs()
+    services = [spec for name, spec in made.items() if name not in ("etcd-0", "nats-0")]
+    for spec in services:
+        assert flag(spec, "--name") == spec.name
+        assert flag(spec, "--etcd-url") == made["etcd-0"].address
+        assert flag(spec, "--nats-url") == made["nats-0"].address
+
+
+def test_a_frontend_is_ready_when_it_lists_the_model() -> None:
+    [health, page, models] = specs()["frontend-0"].probes
+    assert health.kind == "grpc"
+    assert page.target == "http://127.0.0.1:8000/health"
+    assert (models.target, models.contains) == ("http://127.0.0.1:8000/v1/models", '"m"')
+
+
+def test_a_real_engine_runs_in_its_own_environment() -> None:
+    made = specs(engine="vllm")
+    assert ".venv-vllm" in made["decode_worker-0"].command[0]
+    assert ".venv-vllm" not in made["router-0"].command[0]
+    assert flag(made["decode_worker-0"], "--nixl-port") == str(
+        made["decode_worker-0"].ports["nixl"]
+    )
+
+
+def test_real_engines_share_the_cores_only_without_a_gpu() -> None:
+    assert "OMP_NUM_THREADS" in specs(engine="vllm")["decode_worker-0"].environment
+    assert (
+        "OMP_NUM_THREADS" not in specs(engine="vllm", has_gpu=True)["decode_worker-0"].environment
+    )
+
+
+def test_further_flags_reach_every_process_of_their_component() -> None:
+    made = specs(routers=2, flags={"router": ("--temperature", "0.5")})
+    assert [flag(made[name], "--temperature") for name in ("router-0", "router-1")] == ["0.5"] * 2
+    assert "--temperature" not in made["frontend-0"].command
+
+
+def test_settings_in_the_environment_are_remembered_for_a_restart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SWITCHGEAR_ROUTER_TEMPERATURE", "0.5")
+    assert specs()["router-0"].environment["SWITCHGEAR_ROUTER_TEMPERATURE"] == "0.5"
