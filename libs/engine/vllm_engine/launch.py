@@ -1,0 +1,250 @@
+"""Loads vLLM, on a thread of its own.
+
+Loading blocks for many seconds, so it can't be done on the event loop. It is a thread of its own
+that lives as long as the engine, because the kernel counts the thread that started the engine
+core, not the process, as the parent that it dies with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from libs.common import logs
+from libs.common.errors import InvalidRequest
+from libs.engine.interface import EngineInfo, EngineKvEvent, Leg
+from libs.engine.vllm_engine import kv_stream
+from libs.engine.vllm_engine.port import OnOutputs, OverduePull, StepStats, Vllm
+from libs.engine.vllm_engine.requests import RELEASE, TRANSFER_BACKEND
+from libs.engine.vllm_engine.settings import VllmSettings
+
+log = logs.get(__name__)
+
+_PACKAGE = "libs.engine.vllm_engine"
+CORE_SHUTDOWN_SECONDS = 5.0
+"""What the engine core gets to end by itself before it is killed."""
+CLOSE_SECONDS = 15.0
+
+_ROLES = {Leg.PREFILL: "kv_producer", Leg.DECODE: "kv_consumer"}
+
+
+async def load(settings: VllmSettings) -> Vllm:
+    """Loads the model. Raises what vLLM raised; cancelled, the thread shuts vLLM down in its own
+    time."""
+    folder = Path(tempfile.mkdtemp(prefix="switchgear-vllm-"))
+    stats = StepStats()
+    thread = _VllmThread(settings, folder, stats)
+    try:
+        llm = await thread.load()
+    except BaseException:
+        thread.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return _LoadedVllm(llm, thread, folder, stats, settings)
+
+
+class _LoadedVllm(Vllm):
+    def __init__(
+        self, llm: Any, thread: _VllmThread, folder: Path, stats: StepStats, settings: VllmSettings
+    ) -> None:
+        self._llm = llm
+        self._thread = thread
+        self._folder = folder
+        self.stats = stats
+        config = llm.vllm_config
+        self.info = EngineInfo(
+            block_size_tokens=config.cache_config.block_size,
+            total_kv_blocks=config.cache_config.num_gpu_blocks,
+            context_length_tokens=config.model_config.max_model_len,
+            max_running_requests=config.scheduler_config.max_num_seqs,
+            transfer_backend="" if settings.leg is Leg.WHOLE else TRANSFER_BACKEND,
+            publishes_kv_events=True,
+        )
+
+    def run(self, on_outputs: OnOutputs) -> asyncio.Task[None]:
+        from libs.engine.vllm_engine import internals
+
+        internals.tap_outputs(self._llm, on_outputs)
+        return internals.start_output_handler(self._llm)
+
+    async def add(
+        self, vllm_id: str, prompt: Sequence[int], cache_salt: str, arguments: Mapping[str, Any]
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            await self._llm.add_request(
+                vllm_id,
+                tokens_input(list(prompt), cache_salt=cache_salt or None),
+                SamplingParams(
+                    detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **arguments
+                ),
+            )
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise InvalidRequest(str(error)) from error
+
+    async def abort(self, vllm_ids: Sequence[str]) -> None:
+        await self._llm.abort(vllm_ids)
+
+    async def release(self, vllm_request_id: str) -> None:
+        await self._llm.notify_kv_transfer_request_rejected(
+            f"release.{vllm_request_id}", {RELEASE: vllm_request_id}
+        )
+
+    async def overdue_pulls(self) -> list[OverduePull]:
+        from libs.engine.vllm_engine import internals
+
+        (pull_ids,) = await self._llm.collective_rpc("switchgear_overdue_pulls")
+        return internals.overdue_pulls(self._llm, pull_ids)
+
+    def kv_events(self) -> AsyncIterator[list[EngineKvEvent]]:
+        return kv_stream.follow(self._folder)
+
+    async def close(self) -> None:
+        await self._thread.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _VllmThread:
+    """Owns one AsyncLLM, from `load` to `close`."""
+
+    def __init__(self, settings: VllmSettings, folder: Path, stats: StepStats) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._stats = stats
+        self._closing = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[Any] = self._loop.create_future()
+        self._closed = asyncio.Event()
+        # A daemon, so that a process told to stop while it loads need not wait for it.
+        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
+
+    async def load(self) -> Any:
+        """The AsyncLLM, ready for requests. Raises what vLLM raised."""
+        self._thread.start()
+        return await self._loaded
+
+    def stop(self) -> None:
+        """Has vLLM shut down, as soon as it is loaded."""
+        self._closing.set()
+
+    async def close(self) -> None:
+        """Ends the engine core; returns within CLOSE_SECONDS even if vLLM is stuck."""
+        self.stop()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._closed.wait()
+        except TimeoutError:
+            log.error("vllm did not shut down", seconds=CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            llm = _load(self._settings, self._folder, self._stats)
+        except BaseException as error:
+            self._tell(self._set_loaded, None, error)
+            return
+        self._tell(self._set_loaded, llm, None)
+        self._closing.wait()
+        try:
+            llm.shutdown(timeout=CORE_SHUTDOWN_SECONDS)
+        except Exception:
+            log.exception("vllm failed to shut down")
+        self._tell(self._closed.set)
+
+    def _tell(self, callback: Any, *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            # The loop is closed: the process is ending and nobody waits any more.
+            log.warning("vllm outlived the event loop")
+
+    def _set_loaded(self, llm: Any, error: BaseException | None) -> None:
+        if self._loaded.cancelled():
+            return
+        if error is not None:
+            self._loaded.set_exception(error)
+        else:
+            self._loaded.set_result(llm)
+
+
+def _load(settings: VllmSettings, folder: Path, stats: StepStats) -> Any:
+    _set_environment(settings)
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from libs.engine.vllm_engine import internals
+
+    internals.check()
+    with internals.engine_core_dies_with_us():
+        return AsyncLLM.from_engine_args(
+            engine_args(settings, folder), stat_loggers=[internals.stat_logger(stats)]
+        )
+
+
+def _set_environment(settings: VllmSettings) -> None:
+    """What vLLM takes from the environment only, and reads when it is imported."""
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.nixl_host
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(settings.nixl_port or _free_port(settings))
+    # A process with gRPC's threads can't be forked.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _free_port(settings: VllmSettings) -> int:
+    with socket.create_server((settings.nixl_host, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def engine_args(settings: VllmSettings, folder: Path) -> Any:
+    """vLLM's arguments, with the platform's defaults where the settings leave a choice."""
+    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from libs.engine.vllm_engine.connector import TRANSFER_TIMEOUT_SECONDS
+
+    is_cpu = current_platform.is_cpu()
+    publish, replay = kv_stream.endpoints(folder)
+    arguments: dict[str, Any] = {
+        "model": str(settings.model),
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len_tokens,
+        "block_size": settings.block_size_tokens or (32 if is_cpu else 16),
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "max_num_seqs": settings.max_running_requests or (64 if is_cpu else None),
+        "enforce_eager": is_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "disable_log_stats": False,
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=True,
+            publisher="zmq",
+            endpoint=publish,
+            replay_endpoint=replay,
+            topic=kv_stream.TOPIC,
+        ),
+    }
+    if settings.leg in _ROLES:
+        arguments["worker_extension_cls"] = f"{_PACKAGE}.connector.PullReport"
+        arguments["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="SwitchgearNixlConnector",
+            kv_connector_module_path=f"{_PACKAGE}.connector",
+            kv_role=_ROLES[settings.leg],
+            kv_buffer_device="cpu" if is_cpu else "cuda",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={
+                "kv_lease_duration": settings.kv_lease_seconds,
+                TRANSFER_TIMEOUT_SECONDS: settings.transfer_timeout_seconds,
+            },
+        )
+    return AsyncEngineArgs(**arguments)

@@ -1,0 +1,127 @@
+"""Requests, sessions and pulls in vLLM's terms. No I/O or clock in here."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from libs.common.errors import TransferFailed
+from libs.engine.interface import EngineRequest, KvSession, Sampling
+
+TRANSFER_BACKEND = "nixl"
+
+PULL_DEADLINE = "switchgear_pull_deadline"
+"""Key in vLLM's transfer parameters: when a pull may begin at the latest, in CLOCK_MONOTONIC
+seconds, which all processes of a host share. See `connector`."""
+
+RELEASE = "switchgear_release"
+"""Key in vLLM's transfer parameters: vLLM's id of a prefilled request whose KV nobody wants any
+more. See `connector`."""
+
+KEEP_FOR_PULL: Mapping[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""vLLM's transfer parameters of a prefill leg."""
+
+
+_PULLED_FROM = frozenset(
+    ("remote_engine_id", "remote_request_id", "remote_block_ids", "remote_host", "remote_port")
+)
+"""Transfer parameters without which vLLM can't pull."""
+
+
+class _Attributes(msgspec.Struct, frozen=True):
+    """KvSession.attributes: what a decode engine needs beyond the session's own fields."""
+
+    prompt_hash: str
+    """Of all the prompt's tokens: the session's own hash leaves out the last, partial block."""
+    vllm: dict[str, Any]
+    """vLLM's transfer parameters, as the prefill engine returned them."""
+
+
+def prompt_hash(prompt: Sequence[int]) -> str:
+    """XXH3-64 of the token ids as little-endian u32."""
+    words = array("I", prompt)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return f"{xxh3_64_intdigest(words.tobytes()):016x}"
+
+
+def session_of(
+    request: EngineRequest, transfer_params: dict[str, Any], time_to_live_seconds: float
+) -> KvSession:
+    """The session of a computed prompt, from what vLLM returned for it."""
+    return KvSession(
+        session_id=transfer_params["remote_request_id"],
+        transfer_backend=TRANSFER_BACKEND,
+        endpoints=(f"{transfer_params['remote_host']}:{transfer_params['remote_port']}",),
+        attributes=msgspec.json.encode(
+            _Attributes(prompt_hash=prompt_hash(request.prompt), vllm=transfer_params)
+        ),
+        time_to_live_seconds=time_to_live_seconds,
+        last_sequence_hash=request.last_sequence_hash,
+        tokens=len(request.prompt),
+    )
+
+
+def pull_params(request: EngineRequest, session: KvSession, now_seconds: float) -> dict[str, Any]:
+    """vLLM's transfer parameters for pulling the session's KV.
+
+    Raises TransferFailed when the session is over or is not of this very prompt: vLLM itself
+    would pull whatever the blocks hold.
+    """
+    if session.transfer_backend != TRANSFER_BACKEND:
+        raise TransferFailed(f"cannot pull over {session.transfer_backend!r}")
+    if session.time_to_live_seconds <= 0:
+        raise TransferFailed("the KV session is over")
+    try:
+        attributes = msgspec.json.decode(session.attributes, type=_Attributes)
+    except msgspec.DecodeError as error:
+        raise TransferFailed(f"malformed KV session attributes: {error}") from error
+    if missing := _PULLED_FROM - attributes.vllm.keys():
+        raise TransferFailed(f"malformed KV session attributes: no {', '.join(sorted(missing))}")
+    if (
+        session.last_sequence_hash != request.last_sequence_hash
+        or session.tokens != len(request.prompt)
+        or attributes.prompt_hash != prompt_hash(request.prompt)
+    ):
+        raise TransferFailed("the KV session is of another prompt")
+    return {**attributes.vllm, PULL_DEADLINE: now_seconds + session.time_to_live_seconds}
+
+
+def sampling_arguments(request: EngineRequest, pull: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams for a whole request, or with a pull for a decode leg."""
+    return {
+        "extra_args": None if pull is None else {"kv_transfer_params": pull},
+        "max_tokens": request.max_tokens,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "stop_token_ids": list(request.stop_token_ids),
+        **_given(request.sampling),
+    }
+
+
+def prefill_arguments() -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams for the prefill leg, whose one token is thrown away."""
+    return {
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "extra_args": {"kv_transfer_params": dict(KEEP_FOR_PULL)},
+    }
+
+
+def _given(sampling: Sampling) -> dict[str, Any]:
+    fields = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    )
+    return {name: value for name in fields if (value := getattr(sampling, name)) is not None}
