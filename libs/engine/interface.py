@@ -56,7 +56,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSession:
-    """Where a prefill engine keeps a computed prompt's KV. See switchgear.common.v1.KvSessionRef."""
+    """Where a prefill engine keeps a computed prompt's KV. As switchgear.common.v1.KvSessionRef."""
 
     session_id: str
     transfer_backend: str

@@ -35,7 +35,11 @@ class WorkerSettings(ServiceSettings):
     """Prompt and output together; 0 takes the model's own limit."""
 
     kv_cache_bytes: int = Field(default=0, ge=0)
-    """Memory for KV on a CPU, or overriding the share of a GPU; 0 takes the engine's default."""
+    """Memory for KV, whatever the device has; 0 takes the engine's default."""
+
+    device_memory_fraction: float = Field(default=0, ge=0, le=1)
+    """Share of a GPU's memory for weights and KV, when workers share one; 0 takes the engine's
+    default."""
 
     max_running_requests: int = Field(default=0, ge=0)
     """Sequences in one batch; 0 takes the engine's default."""

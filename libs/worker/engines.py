@@ -54,6 +54,7 @@ def _vllm(settings: WorkerSettings, leg: Leg) -> Engine:
             block_size_tokens=settings.block_size_tokens or None,
             max_model_len_tokens=settings.max_model_len_tokens or None,
             kv_cache_bytes=settings.kv_cache_bytes or None,
+            device_memory_fraction=settings.device_memory_fraction or None,
             max_running_requests=settings.max_running_requests or None,
             nixl_host=settings.reachable_host,
             nixl_port=settings.nixl_port,

@@ -234,6 +234,8 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
             topic=kv_stream.TOPIC,
         ),
     }
+    if settings.device_memory_fraction is not None:
+        arguments["gpu_memory_utilization"] = settings.device_memory_fraction
     if settings.leg in _ROLES:
         arguments["worker_extension_cls"] = f"{_PACKAGE}.connector.PullReport"
         arguments["kv_transfer_config"] = KVTransferConfig(

@@ -27,6 +27,8 @@ class VllmSettings:
     max_model_len_tokens: int | None = None
     kv_cache_bytes: int | None = None
     """On CPUs all of it is touched at start. None there is vLLM's share of the machine."""
+    device_memory_fraction: float | None = None
+    """Of a GPU's memory, for weights and KV together. None is vLLM's own, nearly all."""
     max_running_requests: int | None = None
     """64 on CPUs, vLLM's own choice elsewhere."""
     enforce_eager: bool | None = None

@@ -1,0 +1,91 @@
+"""A model's own chat template, rendered in Jinja's sandbox as Hugging Face does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import orjson
+
+# transformers is used for its templates only; it need not say that there is no torch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from libs.common.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation for the assistant to continue."""
+
+    messages: Sequence[dict[str, str]]
+    """Each has `role`, `content`, and what else the caller gave, such as `name`."""
+
+    @property
+    def characters(self) -> int:
+        """Of all contents together."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+# What templates raise on messages they were not written for, besides their own raise_exception.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+class ChatTemplate:
+    """Turns messages into the prompt text that the model was trained on."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, chat: Chat) -> str:
+        """The prompt, up to where the assistant's answer begins.
+
+        Raises InvalidRequest when the template rejects the messages, such as for their order.
+        """
+        render: Any = render_jinja_template  # Annotated as if it returned one text.
+        try:
+            [prompt], _ = render(
+                conversations=[list(chat.messages)],
+                chat_template=self._source,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise InvalidRequest(
+                f"the model's chat template rejected the messages: {error}", param="messages"
+            ) from error
+        return str(prompt)
+
+
+def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
+    """The template among a model's files; None for a model without one.
+
+    It is in chat_template.jinja, or in tokenizer_config.json: a text, or a list of named ones.
+    """
+    config: dict[str, Any] = orjson.loads(files.get("tokenizer_config.json", b"{}"))
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if "chat_template.jinja" in files:
+        source = files["chat_template.jinja"].decode()
+    if not source:
+        return None
+    special_tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            special_tokens[name] = text
+    return ChatTemplate(source, special_tokens)

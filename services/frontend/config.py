@@ -1,0 +1,50 @@
+"""Settings of the frontend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from libs.common.config import ServiceSettings
+
+
+def _default_cache_folder() -> Path:
+    return Path(os.environ.get("SWITCHGEAR_CACHE") or "~/.cache/switchgear").expanduser()
+
+
+class FrontendSettings(ServiceSettings):
+    """The frontend: OpenAI's REST API and the public gRPC API."""
+
+    model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_FRONTEND_")
+
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    """Port of the REST API; several frontends on a host may share it. 0 takes a free one."""
+
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    """Requests in progress beyond which new ones get 429."""
+
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    """Largest request body; larger ones get 413. A token of prompt takes some 5 bytes."""
+
+    max_prompts: int = Field(default=16, ge=1)
+    """Prompts in one completions call."""
+
+    request_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest that a request may take, from its acceptance to its last token; then it gets 504."""
+
+    max_attempts: int = Field(default=3, ge=1)
+    """How often one request is run, the first time included, when workers are lost under it."""
+
+    patience_seconds: float = Field(default=5.0, ge=0)
+    """How long a request waits for a router when none is connected, and one that lost its worker
+    for another worker. Longer hides longer restarts; shorter tells clients sooner."""
+
+    session_window_responses: int = Field(default=64, ge=2)
+    """Responses that a router may have on their way to this process. Fewer bound memory more
+    tightly, more ride out longer pauses."""
+
+    cache_folder: Path = Field(default_factory=_default_cache_folder)
+    """Where tokenizers are kept between runs. Default: $SWITCHGEAR_CACHE or ~/.cache/switchgear."""

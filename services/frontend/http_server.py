@@ -1,0 +1,80 @@
+"""The HTTP server. Several processes may share a port: the kernel spreads connections over them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import uvicorn
+from starlette.types import ASGIApp
+
+BACKLOG_CONNECTIONS = 2048
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than load balancers keep idle ones, so that we never close one that is just being used."""
+
+
+LAST_ANSWERS_SECONDS = 2
+"""For what is still being written at the end."""
+
+
+class HttpServer(uvicorn.Server):
+    """A server that leaves signals to the process's main, and can drain."""
+
+    port: int
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop_listening(self) -> None:
+        """New connections go to other processes on the port; open ones go on."""
+        for server in getattr(self, "servers", ()):  # Set once it has started.
+            server.close()
+
+
+@asynccontextmanager
+async def serving_http(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpServer]:
+    """Serves while the body runs; then cuts off. Raises OSError when the port can't be had."""
+    listener = _listen(host, port)
+    server = HttpServer(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        )
+    )
+    server.port = listener.getsockname()[1]
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        # Connections are taken from now on, also before the server's first turn.
+        listener.listen(BACKLOG_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"can't listen on {host}:{port}: {error}") from error
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,84 @@
+"""What the frontend tells Prometheus. The README lists the names."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import REGISTRY
+
+_TTFT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
+_ITL_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+_REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class FrontendMetrics:
+    """Model labels are names of served models, never what a client wrote."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "switchgear_frontend_requests",
+            "Requests answered.",
+            ["model", "endpoint", "status"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "switchgear_frontend_in_flight_requests",
+            "Requests being served.",
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "switchgear_frontend_request_seconds",
+            "From a request's acceptance to its last token.",
+            ["model"],
+            buckets=_REQUEST_SECONDS,
+            registry=registry,
+        )
+        self.ttft_seconds = Histogram(
+            "switchgear_frontend_ttft_seconds",
+            "From a request's acceptance to its first token.",
+            ["model"],
+            buckets=_TTFT_SECONDS,
+            registry=registry,
+        )
+        self.itl_seconds = Histogram(
+            "switchgear_frontend_itl_seconds",
+            "Gap between output tokens; the mean of those that arrived together.",
+            ["model"],
+            buckets=_ITL_SECONDS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "switchgear_frontend_prompt_tokens",
+            "Prompt tokens of requests that got a first token.",
+            ["model"],
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "switchgear_frontend_cached_tokens",
+            "Prompt tokens that a worker had cached.",
+            ["model"],
+            registry=registry,
+        )
+        self.completion_tokens = Counter(
+            "switchgear_frontend_completion_tokens",
+            "Output tokens, also of requests that failed later.",
+            ["model"],
+            registry=registry,
+        )
+        self.migrations = Counter(
+            "switchgear_frontend_migrations",
+            "Requests submitted again after an attempt was lost.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self.errors = Counter(
+            "switchgear_frontend_errors",
+            "Requests that failed, before or after the first token.",
+            ["reason"],
+            registry=registry,
+        )
+        self.disconnects = Counter(
+            "switchgear_frontend_disconnects",
+            "Requests whose client left before the end.",
+            registry=registry,
+        )

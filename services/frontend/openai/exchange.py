@@ -1,0 +1,85 @@
+"""What one HTTP request carries along: its id, and what is counted about it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.frontend.metrics import FrontendMetrics
+from services.frontend.pipeline import new_request_id
+
+_KEY = "switchgear.exchange"
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/-]{1,128}")
+_CLIENT_LEFT = 499
+"""nginx's status for a client that did not wait. Only ever seen in metrics."""
+
+_ENDPOINTS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/models": "models",
+    "/health": "health",
+    "/live": "live",
+    "/metrics": "metrics",
+}
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer."""
+
+    request_id: str
+    """The client's own, or a new one; not unique if the client says so."""
+    model: str = ""
+    """Name of the served model, once it is known."""
+    status: int = _CLIENT_LEFT
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The exchange that a request belongs to."""
+    exchange = scope[_KEY]
+    assert isinstance(exchange, Exchange)
+    return exchange
+
+
+class ExchangeRecorder:
+    """Outermost: names every request, and counts every answer whoever made it."""
+
+    def __init__(self, app: ASGIApp, metrics: FrontendMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # uvicorn is told to offer neither websockets nor lifespan.
+            raise NotImplementedError(scope["type"])
+        exchange = scope[_KEY] = Exchange(_request_id(scope))
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                request_id = exchange.request_id.encode()
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            self._metrics.requests.labels(
+                exchange.model, _endpoint(scope["path"]), str(exchange.status)
+            ).inc()
+
+
+def _request_id(scope: Scope) -> str:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
+            return value.decode()
+    return new_request_id("req")
+
+
+def _endpoint(path: str) -> str:
+    if path.startswith("/v1/models/"):
+        return "models"
+    return _ENDPOINTS.get(path, "other")

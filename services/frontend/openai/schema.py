@@ -1,0 +1,289 @@
+"""Request bodies of OpenAI's API, and what of it is not offered here.
+
+A known field that asks for something that is not offered is refused by name; at its neutral value
+it is ignored. An unknown field is refused too, since a typing error must not go unnoticed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from services.frontend.openai.errors import ApiError
+from services.frontend.pipeline import GenerationOptions
+from switchgear.common.v1 import generation_pb2
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 64
+
+_IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "user",
+    }
+)
+"""Fields that change nothing about the text."""
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields that are not offered, with the values (besides null) at which they ask for nothing."""
+
+_NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+
+
+def _stop_strings(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text_content(value: object) -> object:
+    """A text, or parts of type text, which become its paragraphs."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": str(kind)}:
+                raise ValueError(f"content of type '{kind}' is not supported by this model")
+            case _:
+                raise ValueError("content must be a string or a list of parts with a type")
+    return "\n".join(texts)
+
+
+def _prompts(value: object) -> object:
+    """One list of prompts from the four forms that the API takes."""
+    match value:
+        case str():
+            return [value]
+        case [str(), *_] if all(isinstance(item, str) for item in value):
+            return value
+        case [int(), *_]:
+            return [_token_ids(value)]
+        case [[_, *_], *_]:
+            return [_token_ids(item) for item in value]
+        case _:
+            raise ValueError(
+                "must be a string, a list of strings, or lists of token ids, not empty"
+            )
+
+
+def _token_ids(value: object) -> list[int]:
+    try:
+        return list(array("I", value))  # type: ignore[call-overload]
+    except (TypeError, OverflowError) as error:
+        raise ValueError("token ids must be non-negative integers") from error
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Ignored: padding against observers of the network is not offered."""
+
+
+class GenerationBody(_Strict):
+    """What chat and completions have in common. Absent and null are the same."""
+
+    model: str = Field(min_length=1, max_length=256)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        BeforeValidator(_stop_strings),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    # vLLM's extensions.
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    """0 and -1 consider all tokens."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    min_tokens: int = Field(default=0, ge=0, lt=2**31)
+    ignore_eos: bool = False
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[], max_length=MAX_STOP_TOKEN_IDS
+    )
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _options(
+        self, max_tokens: int | None, max_tokens_param: str, prompt_param: str
+    ) -> GenerationOptions:
+        return GenerationOptions(
+            max_tokens=max_tokens,
+            max_tokens_param=max_tokens_param,
+            prompt_param=prompt_param,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids,
+            stop_strings=self.stop,
+            sampling=generation_pb2.SamplingOptions(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=None if self.top_k is None else max(0, self.top_k),
+                min_p=self.min_p,
+                # Engines take seeds of 63 bits.
+                seed=None if self.seed is None else self.seed & (2**63 - 1),
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                repetition_penalty=self.repetition_penalty,
+            ),
+        )
+
+
+_MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_content)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As templates know it: they call a developer's message a system message."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.content}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: _MaxTokens | None = None
+    max_completion_tokens: _MaxTokens | None = None
+
+    def options(self) -> GenerationOptions:
+        if self.max_completion_tokens is not None:
+            return self._options(self.max_completion_tokens, "max_completion_tokens", "messages")
+        return self._options(self.max_tokens, "max_tokens", "messages")
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    max_tokens: _MaxTokens = 16
+
+    def options(self) -> GenerationOptions:
+        return self._options(self.max_tokens, "max_tokens", "prompt")
+
+
+BodyT = TypeVar("BodyT", bound=GenerationBody)
+
+
+def parse(body: type[BodyT], fields: object) -> BodyT:
+    """The checked body. Raises ApiError, naming the field."""
+    if not isinstance(fields, dict):
+        raise ApiError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object")
+    known = _without_neutral(fields, _NEUTRAL, "")
+    messages = known.get("messages")
+    if isinstance(messages, list):
+        known["messages"] = [
+            _without_neutral(message, _NEUTRAL_IN_MESSAGE, f"messages[{index}].")
+            if isinstance(message, dict)
+            else message
+            for index, message in enumerate(messages)
+        ]
+    known = {name: value for name, value in known.items() if name not in _IGNORED}
+    try:
+        parsed = body.model_validate(known)
+    except ValidationError as error:
+        raise _api_error(error.errors(include_url=False)[0]) from None
+    if parsed.stream_options is not None and not parsed.stream:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            "stream_options is only allowed when stream is true",
+            param="stream_options",
+            code="invalid_value",
+        )
+    return parsed
+
+
+def _without_neutral(
+    fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]], prefix: str
+) -> dict[str, Any]:
+    kept = {}
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name not in neutral:
+            kept[name] = value
+        elif not any(value == known and type(value) is type(known) for known in neutral[name]):
+            raise ApiError(
+                HTTPStatus.BAD_REQUEST,
+                f"{prefix}{name} is not supported with this value",
+                param=f"{prefix}{name}",
+                code="unsupported_parameter",
+            )
+    return kept
+
+
+def _api_error(issue: ErrorDetails) -> ApiError:
+    param = ""
+    for step in issue["loc"]:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        else:
+            param += f".{step}" if param else step
+    match issue["type"]:
+        case "missing":
+            message, code = f"Missing required parameter: '{param}'", "missing_required_parameter"
+        case "extra_forbidden":
+            message = f"Unrecognized request argument supplied: {param}"
+            code = "unknown_parameter"
+        case "value_error":
+            message, code = f"{param}: {issue['ctx']['error']}", "invalid_value"
+        case _:
+            message, code = f"{param}: {issue['msg']}", "invalid_value"
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)

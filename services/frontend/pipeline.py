@@ -1,0 +1,212 @@
+"""From a prompt in a caller's words to a running completion: what both APIs share."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar, assert_never
+
+from libs.common.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoLiveInstance,
+    Overloaded,
+    SwitchgearError,
+)
+from services.frontend.chat_template import Chat
+from services.frontend.completion import Completion, TextRequest
+from services.frontend.config import FrontendSettings
+from services.frontend.core.attempt import MigrationPolicy
+from services.frontend.metrics import FrontendMetrics
+from services.frontend.models import Models, ServedModel
+from services.frontend.router_session import RouterSessions
+from switchgear.common.v1 import generation_pb2
+
+LONG_PROMPT_CHARACTERS = 4096
+"""Tokenising more than this takes milliseconds, which belong in a thread. In the loop it would
+delay everyone's tokens; for less the way to a thread costs more."""
+
+BUSY_RETRY_SECONDS = 1.0
+
+Prompt: TypeAlias = str | Chat | list[int]
+"""A plain text, a conversation for the chat template, or token ids."""
+
+PromptT = TypeVar("PromptT", str, Chat)
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """How to generate, in the caller's terms. The API has checked each value by itself."""
+
+    max_tokens: int | None = None
+    """None: as many as fit into the context."""
+    max_tokens_param: str = "max_tokens"
+    """What the caller's API calls it, for errors."""
+    prompt_param: str = "prompt"
+    """What the caller's API calls the prompt, for errors."""
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
+
+
+class Pipeline:
+    """Admission, tokenising, limits, and the start of completions."""
+
+    def __init__(
+        self,
+        settings: FrontendSettings,
+        models: Models,
+        sessions: RouterSessions,
+        metrics: FrontendMetrics,
+    ) -> None:
+        self.settings = settings
+        self.models = models
+        self.sessions = sessions
+        self.metrics = metrics
+        self.is_draining = False
+        """New requests are refused; running ones go on."""
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._policy = MigrationPolicy(
+            max_attempts=settings.max_attempts, patience_seconds=settings.patience_seconds
+        )
+
+    def problem(self) -> str:
+        """Why nobody can be served, for people; empty when all is well."""
+        if self.is_draining:
+            return "draining"
+        if problem := self.models.problem():
+            return problem
+        return "" if self.sessions.is_connected else "no router can be reached"
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among the requests in progress while the body runs.
+
+        Raises Overloaded when there is none, and NoLiveInstance while draining.
+        """
+        if self.is_draining:
+            raise NoLiveInstance("this frontend is shutting down", retry_after_seconds=1)
+        if self._in_flight >= self.settings.max_concurrent_requests:
+            raise Overloaded(
+                "too many requests in progress", retry_after_seconds=BUSY_RETRY_SECONDS
+            )
+        self._in_flight += 1
+        self._idle.clear()
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        except SwitchgearError as error:
+            self.metrics.errors.labels(error.reason).inc()
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self.metrics.in_flight.set(self._in_flight)
+
+    async def wait_idle(self, seconds: float) -> None:
+        """Returns when no request is in progress, or after that time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+
+    async def tokenise(self, model: ServedModel, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt. Raises InvalidRequest for what the model can't take."""
+        tokenizer = model.tokenizer
+        match prompt:
+            case str():
+                return await _near_or_far(tokenizer.encode, prompt, len(prompt))
+            case Chat():
+                return await _near_or_far(tokenizer.encode_chat, prompt, prompt.characters)
+            case list():
+                return _checked(prompt, tokenizer.vocabulary_tokens)
+            case _:
+                assert_never(prompt)
+
+    def start(
+        self,
+        request_id: str,
+        model: ServedModel,
+        prompt: list[int],
+        options: GenerationOptions,
+        *,
+        traceparent: str,
+        accepted_at: float,
+        deadline: float,
+    ) -> Completion:
+        """A completion to read; nothing is sent before that.
+
+        Raises InvalidRequest, or ContextTooLong, for what does not fit the model.
+        """
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param=options.prompt_param)
+        context_tokens = model.facts.context_length_tokens
+        room_tokens = context_tokens - len(prompt)
+        max_tokens = room_tokens if options.max_tokens is None else options.max_tokens
+        if room_tokens < max(1, max_tokens):
+            asked = f" and {max_tokens} output tokens" if room_tokens >= 1 else ""
+            raise ContextTooLong(
+                f"This model's maximum context length is {context_tokens} tokens. You asked for "
+                f"{len(prompt)} prompt tokens{asked}",
+                param=options.max_tokens_param if room_tokens >= 1 else options.prompt_param,
+            )
+        if options.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens must not exceed the {max_tokens} output tokens at most",
+                param="min_tokens",
+            )
+        request = TextRequest(
+            request_id=request_id,
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            min_tokens=options.min_tokens,
+            ignore_eos=options.ignore_eos,
+            stop_token_ids=options.stop_token_ids,
+            stop_strings=options.stop_strings,
+            sampling=options.sampling,
+            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            accepted_at=accepted_at,
+            deadline=deadline,
+        )
+        return Completion(request, self.sessions, self._policy, self.metrics)
+
+
+def new_request_id(prefix: str) -> str:
+    """A unique name for a request, such as chatcmpl-..."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+@asynccontextmanager
+async def time_limit(deadline: float) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded in the body at that time of the event loop."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the request took longer than it was allowed to") from None
+
+
+async def _near_or_far(
+    encode: Callable[[PromptT], list[int]], prompt: PromptT, characters: int
+) -> list[int]:
+    if characters > LONG_PROMPT_CHARACTERS:
+        return await asyncio.to_thread(encode, prompt)
+    return encode(prompt)
+
+
+def _checked(token_ids: list[int], vocabulary_tokens: int) -> list[int]:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_tokens):
+        raise InvalidRequest(f"token ids must be in 0 to {vocabulary_tokens - 1}", param="prompt")
+    return token_ids

@@ -1,0 +1,177 @@
+"""The public gRPC API, on the same pipeline as the REST API."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from libs.common.errors import InvalidRequest, SwitchgearError
+from services.frontend.chat_template import Chat
+from services.frontend.completion import running
+from services.frontend.pipeline import (
+    GenerationOptions,
+    Pipeline,
+    Prompt,
+    new_request_id,
+    time_limit,
+)
+from switchgear.inference.v1 import inference_pb2
+from switchgear.inference.v1.inference_pb2_grpc import InferenceServiceServicer
+
+MAX_STOP_STRINGS = 16
+
+_ABOVE_ZERO = math.ulp(0.0)
+_RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (_ABOVE_ZERO, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (_ABOVE_ZERO, 100.0),
+}
+
+
+class InferenceServicer(InferenceServiceServicer):
+    """Parses, runs, answers."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    async def Generate(  # type: ignore[override]
+        self,
+        request: inference_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[
+            inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
+        ],
+    ) -> None:
+        with self._counted(request):
+            await self._generate(request, context)
+
+    @contextmanager
+    def _counted(self, request: inference_pb2.GenerateRequest) -> Iterator[None]:
+        status = grpc.StatusCode.CANCELLED
+        try:
+            yield
+            status = grpc.StatusCode.OK
+        except Exception as error:
+            status = error.code if isinstance(error, SwitchgearError) else grpc.StatusCode.INTERNAL
+            raise
+        finally:
+            metrics = self._pipeline.metrics
+            model = self._pipeline.models.canonical_name(request.model)
+            metrics.requests.labels(model, "generate", status.name).inc()
+            if status is grpc.StatusCode.CANCELLED:
+                metrics.disconnects.inc()
+
+    async def _generate(
+        self,
+        request: inference_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[
+            inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
+        ],
+    ) -> None:
+        pipeline = self._pipeline
+        options = _options(request)
+        accepted_at = asyncio.get_running_loop().time()
+        left_seconds = context.time_remaining()
+        limit_seconds = pipeline.settings.request_timeout_seconds
+        deadline = accepted_at + min(limit_seconds, left_seconds or limit_seconds)
+        with pipeline.admitted():
+            async with time_limit(deadline):
+                model = pipeline.models.get(request.model)
+                completion = pipeline.start(
+                    new_request_id("gen"),
+                    model,
+                    await pipeline.tokenise(model, _prompt(request)),
+                    options,
+                    traceparent=_traceparent(context),
+                    accepted_at=accepted_at,
+                    deadline=deadline,
+                )
+                with running(completion, pipeline.metrics):
+                    while not completion.is_finished:
+                        if (text := await completion.read()) and not completion.is_finished:
+                            await context.write(inference_pb2.GenerateResponse(text=text))
+                    await context.write(
+                        inference_pb2.GenerateResponse(
+                            text=text,
+                            finish_reason=completion.finish_reason,
+                            usage=inference_pb2.Usage(
+                                prompt_tokens=completion.prompt_tokens,
+                                completion_tokens=completion.completion_tokens,
+                                cached_tokens=completion.cached_tokens,
+                            ),
+                        )
+                    )
+
+    async def ListModels(
+        self,
+        request: inference_pb2.ListModelsRequest,
+        context: grpc.aio.ServicerContext[
+            inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse
+        ],
+    ) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse(
+            models=[
+                inference_pb2.Model(
+                    model=model.name, context_length_tokens=model.facts.context_length_tokens
+                )
+                for model in self._pipeline.models.served()
+            ]
+        )
+
+
+def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "messages":
+            return Chat(
+                [
+                    {"role": message.role, "content": message.content}
+                    for message in request.messages.messages
+                ]
+            )
+        case "text":
+            return request.text
+        case "token_ids":
+            return list(request.token_ids.token_ids)
+        case _:
+            raise InvalidRequest("prompt is missing: messages, text or token_ids", param="prompt")
+
+
+def _options(request: inference_pb2.GenerateRequest) -> GenerationOptions:
+    sampling, stopping = request.sampling, request.stopping
+    for field, value in sampling.ListFields():
+        least, most = _RANGES.get(field.name, (-math.inf, math.inf))
+        if not least <= value <= most:
+            raise InvalidRequest(
+                f"sampling.{field.name} is {value}, not in {least:.3g} to {most:.3g}",
+                param=f"sampling.{field.name}",
+            )
+    if len(request.stop) > MAX_STOP_STRINGS or not all(request.stop):
+        raise InvalidRequest(
+            f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
+        )
+    return GenerationOptions(
+        max_tokens=stopping.max_tokens or None,
+        max_tokens_param="stopping.max_tokens",
+        min_tokens=stopping.min_tokens,
+        ignore_eos=stopping.ignore_eos,
+        stop_token_ids=list(stopping.stop_token_ids),
+        stop_strings=list(request.stop),
+        sampling=sampling,
+    )
+
+
+def _traceparent(
+    context: grpc.aio.ServicerContext[
+        inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
+    ],
+) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == "traceparent":
+            return value if isinstance(value, str) else value.decode(errors="replace")
+    return ""

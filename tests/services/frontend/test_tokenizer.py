@@ -1,0 +1,98 @@
+"""Text to tokens and back, through a real tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from libs.common.errors import InvalidRequest
+from services.frontend.chat_template import Chat
+from services.frontend.tokenizer import ModelTokenizer
+from tests.services.frontend.byte_model import END_TOKEN, FILES, TOKENIZER, files, tokens
+
+BYTE_TOKENS = 256
+
+
+def text_of(token_ids: list[int], prompt: list[int]) -> str:
+    detokenizer = TOKENIZER.detokenizer(prompt)
+    return "".join(map(detokenizer.add, token_ids))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text("aé🎉"))
+def test_text_survives_the_way_through_tokens(text: str, prompt: str) -> None:
+    assert text_of(TOKENIZER.encode(text), TOKENIZER.encode(prompt)) == text
+
+
+@given(st.text("aé🎉", min_size=1), st.lists(st.integers(0, BYTE_TOKENS - 1), max_size=12))
+def test_half_a_character_never_comes_out(text: str, prompt: list[int]) -> None:
+    detokenizer = TOKENIZER.detokenizer(prompt)
+    detokenizer.add(tokens("x")[0])
+    out = ""
+    for token in TOKENIZER.encode(text):
+        out += detokenizer.add(token)
+        assert text.startswith(out)
+
+
+@given(st.lists(st.integers(0, BYTE_TOKENS + 2), max_size=16))
+def test_any_tokens_give_the_beginning_of_what_they_decode_to_at_once(token_ids: list[int]) -> None:
+    whole = Tokenizer.from_buffer(FILES["tokenizer.json"]).decode(token_ids)
+    assert whole.startswith(text_of(token_ids, []))
+
+
+def test_what_is_no_text_at_all_does_not_pile_up() -> None:
+    continuation_byte = tokens("é")[1]
+    text = text_of([continuation_byte] * 1000, [])
+    assert 950 < len(text) <= 1000
+    assert set(text) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_special_tokens_have_no_text() -> None:
+    assert text_of([*tokens("a"), END_TOKEN, *tokens("b")], []) == "ab"
+
+
+def test_chat_goes_through_the_models_own_template() -> None:
+    chat = Chat([{"role": "system", "content": "Be."}, {"role": "user", "content": "Hé"}])
+    expected = (
+        "<|bos|><|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHé<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert TOKENIZER.encode_chat(chat) == TOKENIZER.encode(expected)
+
+
+def test_a_start_token_is_not_doubled() -> None:
+    assert TOKENIZER.encode("<|bos|><|bos|>a") == TOKENIZER.encode("<|bos|>a")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("", "no chat template"),
+    ],
+)
+def test_a_template_that_rejects_the_messages_is_the_callers_error(
+    template: str, problem: str
+) -> None:
+    tokenizer = ModelTokenizer(files(template))
+    with pytest.raises(InvalidRequest, match=problem) as raised:
+        tokenizer.encode_chat(Chat([{"role": "user", "content": "Hi"}]))
+    assert raised.value.param == "messages"
+
+
+def test_the_template_can_be_a_file_or_a_list_of_named_ones() -> None:
+    named = '[{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]'
+    config = b'{"chat_template": %b}' % named.encode()
+    hi = Chat([{"role": "user", "content": "Hi"}])
+    listed = FILES | {"tokenizer_config.json": config}
+    assert ModelTokenizer(listed).encode_chat(hi) == tokens("D")
+    in_file = listed | {"chat_template.jinja": b"F"}
+    assert ModelTokenizer(in_file).encode_chat(hi) == tokens("F")
+
+
+def test_unusable_files_are_refused() -> None:
+    with pytest.raises(ValueError, match="unusable tokenizer files"):
+        ModelTokenizer({"tokenizer.json": b"{}"})
