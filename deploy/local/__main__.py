@@ -50,6 +50,11 @@ def up(
     routers: Annotated[int, typer.Option(min=1)] = 1,
     indexers: Annotated[int, typer.Option(min=0)] = 1,
     http_port: int = 8000,
+    kv_cache_bytes: Annotated[int, typer.Option(min=0, help="For each vLLM worker.")] = 0,
+    max_model_len: Annotated[int, typer.Option(min=0, help="In tokens.")] = 0,
+    sim_step_ms: Annotated[
+        float | None, typer.Option(help="Simulated engines take that long for every step.")
+    ] = None,
     detach: Annotated[bool, typer.Option(help="Return when everything is ready.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -70,7 +75,10 @@ def up(
         routers=routers,
         indexers=indexers,
         http_port=http_port,
-        has_gpu=_has_gpu(),
+        gpus=_gpus(),
+        kv_cache_bytes=kv_cache_bytes,
+        max_model_len_tokens=max_model_len,
+        sim_step_ms=sim_step_ms,
     )
     stop_requested = _stop_requests()
     cluster.start(topology.processes(deployment, run_dir, FreePorts().take))
@@ -158,12 +166,13 @@ def _model(engine: Engine, model: str) -> tuple[Path, str]:
         ) from error
 
 
-def _has_gpu() -> bool:
-    """The same question that decides which vLLM is installed."""
+def _gpus() -> int:
+    """How many there are. The same question decides which vLLM is installed."""
     if shutil.which("nvidia-smi") is None:
-        return False
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
-    return bool(listing.stdout.strip())
+        return 0
+    command = ["nvidia-smi", "-L"]
+    listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def _stop_requests() -> threading.Event:

@@ -19,12 +19,14 @@ Engine = Literal["vllm", "sim"]
 Component = Literal["kv_indexer", "router", "prefill_worker", "decode_worker", "frontend"]
 Count = Annotated[int, Field(ge=0)]
 
-_SERVERS_STAGE, _WORKERS_STAGE, _INDEXERS_STAGE, _ROUTERS_STAGE, _FRONTENDS_STAGE = range(5)
+SERVERS_STAGE, WORKERS_STAGE, _INDEXERS_STAGE, _ROUTERS_STAGE, FRONTENDS_STAGE = range(5)
 
 # vLLM on a CPU takes multiples of 32 tokens only.
 _VLLM_BLOCK_SIZE_TOKENS = 32
-# Said outright, so that several workers fit on one GPU. On a CPU all of it is resident.
-_VLLM_KV_CACHE_BYTES = 512 * 2**20
+# Of a CPU's memory, when nothing else is asked for: all of it is resident from the start.
+_CPU_KV_CACHE_BYTES = 512 * 2**20
+# What the workers of one GPU share. The rest is for CUDA itself, and for others.
+_GPU_MEMORY_FRACTION = 0.88
 
 # Well within the grace that a process has to stop. A person waits for it.
 _DRAIN_SECONDS = 5
@@ -50,7 +52,15 @@ class Deployment(BaseModel):
     indexers: Count = 1
     """With none, routing goes by load alone."""
     http_port: int
-    has_gpu: bool = False
+    gpus: Count = 0
+    """GPUs to spread the workers over."""
+    kv_cache_bytes: Count = 0
+    """For each vLLM worker; 0 takes 512 MiB on a CPU and a fair share of a GPU."""
+    max_model_len_tokens: Count = 0
+    """Prompt and output together; 0 takes the model's own limit."""
+    sim_step_ms: Annotated[float, Field(gt=0)] | None = None
+    """Simulated engines take that long for every step that decodes, and no time for prompts; None
+    leaves them their own timing."""
     flags: dict[Component, tuple[str, ...]] = {}
     """Further flags for all processes of a component."""
 
@@ -59,8 +69,8 @@ def processes(
     deployment: Deployment, run_dir: Path, take_port: Callable[[], int]
 ) -> list[ProcessSpec]:
     """Every process of the deployment. `take_port` gives a port that nothing else uses."""
-    etcd = _etcd(run_dir, take_port)
-    nats = _nats(take_port)
+    etcd = etcd_server(run_dir, take_port)
+    nats = nats_server(take_port)
     return [etcd, nats, *_Services(deployment, etcd, nats, take_port).all()]
 
 
@@ -83,9 +93,9 @@ class _Services:
     def all(self) -> Iterable[ProcessSpec]:
         deployment = self._deployment
         for i in range(deployment.prefill):
-            yield self._worker("prefill_worker", i)
+            yield self._worker("prefill_worker", i, place=i)
         for i in range(deployment.decode):
-            yield self._worker("decode_worker", i)
+            yield self._worker("decode_worker", i, place=deployment.prefill + i)
         for i in range(deployment.indexers):
             yield self._service("kv_indexer", i, _INDEXERS_STAGE)
         for i in range(deployment.routers):
@@ -93,33 +103,52 @@ class _Services:
         for i in range(deployment.frontends):
             yield self._frontend(i)
 
-    def _worker(self, component: Component, number: int) -> ProcessSpec:
+    def _worker(self, component: Component, number: int, place: int) -> ProcessSpec:
         deployment = self._deployment
         flags = ["--engine", deployment.engine]
         flags += ["--model", str(deployment.model)]
         flags += ["--served-model-name", deployment.model_name]
+        if deployment.max_model_len_tokens:
+            flags += ["--max-model-len-tokens", str(deployment.max_model_len_tokens)]
         if deployment.engine == "sim":
-            return self._service(component, number, _WORKERS_STAGE, flags)
+            if deployment.sim_step_ms is not None:
+                flags += ["--sim-timing", "fixed", "--sim-step-ms", str(deployment.sim_step_ms)]
+            return self._service(component, number, WORKERS_STAGE, flags)
         nixl_port = self._take_port()
         flags += ["--dtype", deployment.dtype]
         flags += ["--block-size-tokens", str(_VLLM_BLOCK_SIZE_TOKENS)]
-        flags += ["--kv-cache-bytes", str(_VLLM_KV_CACHE_BYTES)]
+        flags += self._memory_flags()
         flags += ["--nixl-port", str(nixl_port)]
         return self._service(
             component,
             number,
-            _WORKERS_STAGE,
+            WORKERS_STAGE,
             flags,
             ports={"nixl": nixl_port},
             python=str(REPOSITORY / ".venv-vllm" / "bin" / "python"),
-            environment=self._vllm_environment(),
+            environment=self._vllm_environment(place),
         )
 
-    def _vllm_environment(self) -> dict[str, str]:
+    @property
+    def _workers(self) -> int:
+        return self._deployment.prefill + self._deployment.decode
+
+    def _memory_flags(self) -> list[str]:
+        gpus, kv_cache_bytes = self._deployment.gpus, self._deployment.kv_cache_bytes
+        flags = []
+        if kv_cache_bytes or not gpus:
+            flags += ["--kv-cache-bytes", str(kv_cache_bytes or _CPU_KV_CACHE_BYTES)]
+        if gpus:
+            workers_on_one = -(-self._workers // gpus)
+            flags += ["--device-memory-fraction", f"{_GPU_MEMORY_FRACTION / workers_on_one:.3f}"]
+        return flags
+
+    def _vllm_environment(self, place: int) -> dict[str, str]:
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        if not self._deployment.has_gpu:
-            workers = self._deployment.prefill + self._deployment.decode
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        if self._deployment.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(place % self._deployment.gpus)
+        else:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self._workers))
             # One process fewer for each engine, and its memory.
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return environment
@@ -130,7 +159,7 @@ class _Services:
         return self._service(
             "frontend",
             number,
-            _FRONTENDS_STAGE,
+            FRONTENDS_STAGE,
             ["--http-port", str(http_port)],
             ports={"http": http_port},
             address=url,
@@ -192,7 +221,8 @@ def _service_environment(component: Component) -> dict[str, str]:
     return settings | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
 
 
-def _etcd(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
+def etcd_server(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
+    """An etcd of its own, whose `address` is its URL."""
     ports = {"client": take_port(), "peer": take_port()}
     client_url, peer_url = (f"http://{HOST}:{port}" for port in ports.values())
     command = [_server_binary("etcd"), "--name", "etcd-0", "--log-level", "warn"]
@@ -206,11 +236,12 @@ def _etcd(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
         ports=ports,
         address=client_url,
         probes=(Probe(kind="http", target=f"{client_url}/health", contains='"true"'),),
-        stage=_SERVERS_STAGE,
+        stage=SERVERS_STAGE,
     )
 
 
-def _nats(take_port: Callable[[], int]) -> ProcessSpec:
+def nats_server(take_port: Callable[[], int]) -> ProcessSpec:
+    """A NATS server of its own, whose `address` is its URL."""
     port = take_port()
     address = f"{HOST}:{port}"
     return ProcessSpec(
@@ -219,7 +250,7 @@ def _nats(take_port: Callable[[], int]) -> ProcessSpec:
         ports={"client": port},
         address=f"nats://{address}",
         probes=(Probe(kind="nats", target=address),),
-        stage=_SERVERS_STAGE,
+        stage=SERVERS_STAGE,
     )
 
 

@@ -74,9 +74,27 @@ def test_a_real_engine_runs_in_its_own_environment() -> None:
 
 def test_real_engines_share_the_cores_only_without_a_gpu() -> None:
     assert "OMP_NUM_THREADS" in specs(engine="vllm")["decode_worker-0"].environment
-    assert (
-        "OMP_NUM_THREADS" not in specs(engine="vllm", has_gpu=True)["decode_worker-0"].environment
-    )
+    assert "OMP_NUM_THREADS" not in specs(engine="vllm", gpus=1)["decode_worker-0"].environment
+
+
+def test_workers_are_spread_over_gpus_and_share_their_memory_fairly() -> None:
+    made = specs(engine="vllm", gpus=2, prefill=1, decode=2)
+    workers = [made[name] for name in ("prefill_worker-0", "decode_worker-0", "decode_worker-1")]
+    assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in workers] == ["0", "1", "0"]
+    assert {flag(w, "--device-memory-fraction") for w in workers} == {"0.440"}
+    assert "--kv-cache-bytes" not in made["decode_worker-0"].command
+
+
+def test_what_a_person_says_of_memory_and_length_is_passed_on() -> None:
+    made = specs(engine="vllm", kv_cache_bytes=2**30, max_model_len_tokens=4096)
+    assert flag(made["decode_worker-0"], "--kv-cache-bytes") == str(2**30)
+    assert flag(made["prefill_worker-0"], "--max-model-len-tokens") == "4096"
+
+
+def test_simulated_engines_keep_their_own_timing_unless_a_step_is_given() -> None:
+    assert "--sim-timing" not in specs()["decode_worker-0"].command
+    worker = specs(sim_step_ms=6)["decode_worker-0"]
+    assert (flag(worker, "--sim-timing"), flag(worker, "--sim-step-ms")) == ("fixed", "6.0")
 
 
 def test_further_flags_reach_every_process_of_their_component() -> None:
