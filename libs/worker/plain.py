@@ -50,7 +50,8 @@ async def run_alone(
                 if finish.reason == generation_pb2.FINISH_REASON_ERROR:
                     raise grpc_errors.from_message(finish.error)
             yield response
-            if not session.keys:
+            # Not `session.keys`: the end may have come while the caller was busy with this.
+            if response.finished_handles or response.prefilled:
                 return
             consumed += 1
             session.command(session.taken_sequence_number + 1, consumed)

@@ -71,7 +71,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.truth.discard(last)
         self.publisher.take([EngineBlocksRemoved((EngineHash(last.to_bytes(8)),))])
 
-    async def GetKvSnapshot(  # noqa: N802
+    async def GetKvSnapshot(
         self, request: worker_pb2.GetKvSnapshotRequest, context: object
     ) -> AsyncIterator[worker_pb2.GetKvSnapshotResponse]:
         self.snapshots += 1
