@@ -157,13 +157,19 @@ class EngineHost:
         for start in step.starts:
             if (live := live_of.get(start.key)) is not None:
                 live.session.started(live.handle, start)
-        position = 0
         tokens = step.tokens
-        for key, number in zip(step.keys, step.counts, strict=True):
-            if (live := live_of.get(key)) is not None:
-                live.session.produced(live.handle, tokens[position : position + number])
-                touched.add(live.session)
-            position += number
+        if len(tokens) == len(step.keys):
+            for key, token in zip(step.keys, tokens, strict=True):
+                if (live := live_of.get(key)) is not None:
+                    live.session.produced_one(live.handle, token)
+                    touched.add(live.session)
+        else:
+            position = 0
+            for key, number in zip(step.keys, step.counts, strict=True):
+                if (live := live_of.get(key)) is not None:
+                    live.session.produced(live.handle, tokens[position : position + number])
+                    touched.add(live.session)
+                position += number
         for finish in step.finishes:
             if (live := self._forget(finish.key)) is not None:
                 live.session.finished(live.handle, finish)

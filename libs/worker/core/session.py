@@ -38,7 +38,7 @@ class Session:
 
     def _clear(self) -> None:
         self._handles: list[Handle] = []
-        self._counts: list[int] = []
+        self._counts: list[int] = []  # Empty as long as every entry has one token.
         self._tokens: list[int] = []
         self._starts: list[outputs_pb2.SequenceStart] = []
         self._finishes: list[outputs_pb2.SequenceFinish] = []
@@ -70,7 +70,16 @@ class Session:
             )
         )
 
+    def produced_one(self, handle: Handle, token: int) -> None:
+        """A step's only token for the handle: the usual case, and the hot one."""
+        self._handles.append(handle)
+        self._tokens.append(token)
+        if self._counts:
+            self._counts.append(1)
+
     def produced(self, handle: Handle, tokens: Sequence[int]) -> None:
+        if not self._counts:
+            self._counts = [1] * len(self._handles)
         self._handles.append(handle)
         self._counts.append(len(tokens))
         self._tokens.extend(tokens)
@@ -130,12 +139,11 @@ class Session:
         if self._handles or self._finishes or self._starts:
             outputs = outputs_pb2.StepOutputs(
                 handles=self._handles,
+                token_counts=self._counts,
                 token_ids=self._tokens,
                 starts=self._starts,
                 finishes=self._finishes,
             )
-            if len(self._tokens) != len(self._handles):
-                outputs.token_counts.extend(self._counts)
             response.outputs = outputs.SerializeToString()
             response.finished_handles.extend(finish.handle for finish in self._finishes)
         self._clear()

@@ -34,8 +34,8 @@ def test_the_first_message_has_the_load_and_nothing_else() -> None:
 
 def test_one_token_each_needs_no_counts() -> None:
     session = Session(nothing, 1)
-    session.produced(1, [10])
-    session.produced(2, [20])
+    session.produced_one(1, 10)
+    session.produced_one(2, 20)
     session.flush()
     sent = outputs(session.take(LOAD))
     assert (list(sent.handles), list(sent.token_ids)) == ([1, 2], [10, 20])
@@ -124,7 +124,10 @@ def test_whatever_is_merged_every_token_arrives_once_and_in_order(
                 if handle not in produced:
                     session.started(handle, Start(RequestKey(handle), 0, 0))
                 produced.setdefault(handle, []).extend(tokens)
-                session.produced(handle, tokens)
+                if len(tokens) == 1:
+                    session.produced_one(handle, tokens[0])
+                else:
+                    session.produced(handle, tokens)
             session.flush()
     session.command(commands + 1, sent)
     take()
