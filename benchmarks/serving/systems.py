@@ -1,0 +1,182 @@
+"""The two systems as processes of this machine, with the same model name, folder and limits."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local import default_model, topology
+from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.ports import FreePorts
+from deploy.local.probe import Probe
+from deploy.local.process import ProcessSpec
+from deploy.local.topology import HOST, REPOSITORY, Deployment
+
+WORKERS = 4
+BLOCK_SIZE_TOKENS = 16
+KV_TOKENS = 524_288
+"""Of each worker."""
+CHUNK_TOKENS = 2_048
+RUNNING_REQUESTS = 256
+_CONTEXT_LENGTH_TOKENS = 131_072
+DYNAMO_PYTHON = REPOSITORY / ".venv-dynamo" / "bin" / "python"
+_MODEL_NAME = "bench-model"
+_READY_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A running deployment."""
+
+    name: str
+    cluster: LocalCluster
+    url: str
+    """Where chats are posted."""
+    model_name: str
+
+    def pids_by_role(self) -> dict[str, list[int]]:
+        """The processes of each component, children included, the servers it depends on too."""
+        roles: dict[str, list[int]] = {}
+        for process in self.cluster.processes():
+            roles.setdefault(process.name.rsplit("-", 1)[0], []).extend(process.session())
+        return roles
+
+
+def start_switchgear(cluster: LocalCluster, model: Path, *, step_ms: float) -> System:
+    """As `make up ENGINE=sim SIM_STEP_MS=6 PREFILL=0 DECODE=4` does. Returns when it serves."""
+    take_port = FreePorts().take
+    deployment = Deployment(
+        engine="sim",
+        model=model,
+        model_name=_MODEL_NAME,
+        prefill=0,
+        decode=WORKERS,
+        http_port=take_port(),
+        sim_step_ms=step_ms,
+        flags={
+            "decode_worker": (
+                *("--block-size-tokens", str(BLOCK_SIZE_TOKENS)),
+                *("--sim-kv-tokens", str(KV_TOKENS)),
+                *("--max-running-requests", str(RUNNING_REQUESTS)),
+                *("--max-model-len-tokens", str(_CONTEXT_LENGTH_TOKENS)),
+            )
+        },
+    )
+    return _started(
+        "switchgear",
+        cluster,
+        topology.processes(deployment, cluster.run_dir, take_port),
+        deployment,
+    )
+
+
+def start_dynamo(cluster: LocalCluster, model: Path, *, step_ms: float) -> System:
+    """Its frontend with KV routing and its mocker, with etcd and NATS. Returns when it serves."""
+    if not DYNAMO_PYTHON.is_file():
+        raise ClusterError("no .venv-dynamo here; use make bench")
+    take_port = FreePorts().take
+    cluster.run_dir.mkdir(parents=True, exist_ok=True)
+    engine_arguments = cluster.run_dir / "mocker.args"
+    engine_arguments.write_text(json.dumps(mocker_arguments(step_ms)))
+    etcd = topology.etcd_server(cluster.run_dir, take_port)
+    nats = topology.nats_server(take_port)
+    http_port = take_port()
+    deployment = Deployment(engine="sim", model=model, model_name=_MODEL_NAME, http_port=http_port)
+    return _started(
+        "dynamo",
+        cluster,
+        [etcd, nats, *dynamo_processes(deployment, etcd, nats, engine_arguments, cluster.run_dir)],
+        deployment,
+    )
+
+
+def mocker_arguments(step_ms: float) -> dict[str, object]:
+    """The mocker's engine, set as the simulator is. Its own timing slows down with KV usage."""
+    return {
+        "engine": {
+            "backend": "vllm",
+            "block_size": BLOCK_SIZE_TOKENS,
+            "num_gpu_blocks": KV_TOKENS // BLOCK_SIZE_TOKENS,
+            "max_num_seqs": RUNNING_REQUESTS,
+            "max_num_batched_tokens": CHUNK_TOKENS,
+            "timing_model": {"type": "fixed", "prefill_ms": 0.0, "decode_ms": step_ms},
+        },
+        "num_gpu_blocks_is_explicit": True,
+        "dynamo": {"enable_local_indexer": True},
+    }
+
+
+def dynamo_processes(
+    deployment: Deployment,
+    etcd: ProcessSpec,
+    nats: ProcessSpec,
+    engine_arguments: Path,
+    run_dir: Path,
+) -> list[ProcessSpec]:
+    """Without the servers. Planes are Dynamo's defaults, but for events, which go over NATS."""
+    environment = {
+        "ETCD_ENDPOINTS": etcd.address,
+        "NATS_SERVER": nats.address,
+        "DYN_LOG": "error",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(run_dir),  # It keeps copies of tokenizers there.
+    }
+    mocker = [str(DYNAMO_PYTHON), "-m", "dynamo.mocker"]
+    mocker += ["--model-path", str(deployment.model), "--model-name", deployment.model_name]
+    mocker += ["--num-workers", str(WORKERS), "--extra-engine-args", str(engine_arguments)]
+    mocker += ["--block-size", str(BLOCK_SIZE_TOKENS), "--event-plane", "nats"]
+    frontend = [str(DYNAMO_PYTHON), "-m", "dynamo.frontend", "--router-mode", "kv"]
+    frontend += ["--http-host", HOST, "--http-port", str(deployment.http_port)]
+    frontend += ["--kv-cache-block-size", str(BLOCK_SIZE_TOKENS), "--event-plane", "nats"]
+    frontend += ["--router-min-initial-workers", str(WORKERS)]
+    url = topology.http_url(deployment)
+    return [
+        ProcessSpec(
+            name="mocker-0",
+            command=tuple(mocker),
+            environment=environment,
+            stage=topology.WORKERS_STAGE,
+        ),
+        ProcessSpec(
+            name="frontend-0",
+            command=tuple(frontend),
+            environment=environment,
+            ports={"http": deployment.http_port},
+            address=url,
+            probes=(Probe(kind="http", target=f"{url}/v1/models", contains=deployment.model_name),),
+            stage=topology.FRONTENDS_STAGE,
+        ),
+    ]
+
+
+START: dict[str, Callable[..., System]] = {
+    "switchgear": start_switchgear,
+    "dynamo": start_dynamo,
+}
+
+
+def make_model_folder(folder: Path, report: Callable[[str], None]) -> Path:
+    """The default model's tokenizer, with a context long enough for the longest prompt.
+
+    Neither engine computes anything, so neither needs weights; Dynamo takes the limit from here.
+    """
+    shutil.copytree(default_model.tokenizer_folder(report), folder, ignore=_weights)
+    config = folder / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps(facts | {"max_position_embeddings": _CONTEXT_LENGTH_TOKENS}))
+    return folder
+
+
+def _weights(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if os.path.splitext(name)[1] == ".safetensors"]
+
+
+def _started(
+    name: str, cluster: LocalCluster, processes: list[ProcessSpec], deployment: Deployment
+) -> System:
+    cluster.start(processes)
+    cluster.wait_ready(_READY_TIMEOUT_SECONDS)
+    url = f"{topology.http_url(deployment)}/v1/chat/completions"
+    return System(name, cluster, url, deployment.model_name)
