@@ -31,6 +31,9 @@ from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.worker.v1 import worker_pb2
 
 HEARTBEAT_SECONDS = 1.0
+GATHER_SECONDS = 0.05
+"""How long changes are gathered into one batch."""
+
 PUBLISH_SECONDS = 1.0
 """How long NATS may take to accept a batch before it is dropped."""
 
@@ -76,8 +79,8 @@ class KvPublisher:
         return self._ledger.published_blocks
 
     def take(self, events: Sequence[EngineKvEvent]) -> None:
-        """Takes the engine's changes. They leave together with what else comes in this turn of
-        the event loop."""
+        """Takes the engine's changes. They leave together with what else comes within
+        GATHER_SECONDS."""
         unhashed_blocks = self._ledger.unhashed_blocks
         self._ledger.apply(events)
         _unhashed.inc(self._ledger.unhashed_blocks - unhashed_blocks)
@@ -103,6 +106,8 @@ class KvPublisher:
     async def run(self) -> None:
         """Publishes for ever; a heartbeat when there was nothing else for a second."""
         while True:
+            # A message for each engine step would cost more than the tokens of the step.
+            await asyncio.sleep(GATHER_SECONDS)
             try:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._has_changes.wait()

@@ -31,6 +31,9 @@ class Exchange:
 
     request_id: str
     """The client's own, or a new one; not unique if the client says so."""
+    send: Send
+    """The server's own. Layers between it and an answer look at its first message only, so the
+    chunks of a stream need not pass through them."""
     model: str = ""
     """Name of the served model, once it is known."""
     status: int = _CLIENT_LEFT
@@ -54,7 +57,7 @@ class ExchangeRecorder:
         if scope["type"] != "http":
             # uvicorn is told to offer neither websockets nor lifespan.
             raise NotImplementedError(scope["type"])
-        exchange = scope[_KEY] = Exchange(_request_id(scope))
+        exchange = scope[_KEY] = Exchange(_request_id(scope), send)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":

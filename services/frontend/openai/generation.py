@@ -103,10 +103,12 @@ class GenerationResponse(Response):
                     includes_usage=body.includes_usage,
                 )
                 if body.stream:
-                    return await self._stream(completions[0], answer, send)
+                    return await self._stream(completions[0], answer, scope, send)
                 return await self._whole(completions, answer, send)
 
-    async def _stream(self, completion: Completion, answer: Format, send: Send) -> bytes:
+    async def _stream(
+        self, completion: Completion, answer: Format, scope: Scope, send: Send
+    ) -> bytes:
         text = await completion.read()
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -114,6 +116,7 @@ class GenerationResponse(Response):
             (b"x-accel-buffering", b"no"),
         ]
         await self._start(send, headers, completion)
+        send = exchange_of(scope).send
         chunk = answer.first_chunk()
         while True:
             if text:
