@@ -192,7 +192,9 @@ class _Services:
             ports["metrics"] = self._take_port()
         command = [python, "-m", f"services.{component}", "--name", name]
         command += ["--namespace", NAMESPACE]
-        command += ["--etcd-url", self._etcd_url, "--nats-url", self._nats_url]
+        command += ["--etcd-url", self._etcd_url]
+        if component not in ("frontend", "router"):  # The others send or follow KV events.
+            command += ["--nats-url", self._nats_url]
         command += ["--host", HOST, "--grpc-port", str(ports["grpc"])]
         if "metrics" in ports:
             command += ["--metrics-port", str(ports["metrics"])]

@@ -41,9 +41,6 @@ class ServiceSettings(BaseSettings):
     etcd_url: str = Field(default="http://127.0.0.1:2379", pattern=r"^https?://[^/:]+:\d+$")
     """etcd, as http://host:port."""
 
-    nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://.+$")
-    """NATS, as nats://host:port."""
-
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 needs `advertise_host`, since others must be told where."""
 
@@ -72,6 +69,13 @@ class ServiceSettings(BaseSettings):
         if host in ("0.0.0.0", "::"):
             raise ConfigError(f"advertise_host must be set when host is {host}")
         return host
+
+
+class KvEventSettings(ServiceSettings):
+    """What services that send or follow KV events can be told besides."""
+
+    nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://.+$")
+    """NATS, as nats://host:port."""
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)

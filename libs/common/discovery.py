@@ -91,8 +91,13 @@ class Discovery:
             port=self._port,
             timeout=CALL_SECONDS,
             options={
-                "grpc.keepalive_time_ms": 5_000,
+                # An idle watch sends nothing by itself: only pings tell that etcd's host is gone.
+                # etcd takes one every 5 s at most.
+                "grpc.keepalive_time_ms": 6_000,
                 "grpc.keepalive_timeout_ms": 3_000,
+                "grpc.http2.max_pings_without_data": 0,
+                # Otherwise a peer that takes bytes and answers none is believed for a minute.
+                "grpc.http2.ping_timeout_ms": 3_000,
                 "grpc.initial_reconnect_backoff_ms": 100,
                 "grpc.max_reconnect_backoff_ms": 1_000,
                 "grpc.use_local_subchannel_pool": 1,
@@ -204,7 +209,7 @@ async def _drop_later(table: Table[T], missing: Mapping[Key, T]) -> None:
 
 
 def _key(root: bytes, key: bytes) -> Key:
-    return tuple(unquote(part) for part in key[len(root) :].decode().split("/"))
+    return tuple(unquote(part) for part in key[len(root) :].decode(errors="replace").split("/"))
 
 
 def _to_json(message: Message) -> bytes:

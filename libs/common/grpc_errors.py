@@ -86,6 +86,9 @@ def to_message(error: SwitchgearError) -> generation_pb2.Error:
 def from_message(message: generation_pb2.Error) -> SwitchgearError:
     """The error that came as data in a stream."""
     retry_after = seconds_of(message.retry_after) if message.HasField("retry_after") else None
+    if message.retryable and message.reason not in errors.BY_REASON:
+        # Of a newer version: what to do about it matters more than its name.
+        return errors.NoLiveInstance(message.message, retry_after_seconds=retry_after)
     return errors.error_of(
         message.reason,
         message.message,

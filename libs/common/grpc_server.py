@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -27,6 +26,8 @@ _SERVER_OPTIONS: list[tuple[str, int]] = [
     # Pings find peers whose host is gone; sessions are otherwise silent when idle.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # What ends the connection to a process that is stopped: its kernel still takes our bytes.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -37,6 +38,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # What ends the connection to a process that is stopped: its kernel still takes our bytes.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -167,7 +170,7 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
 async def _abort(
     context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception
 ) -> None:
-    if isinstance(error, (grpc.aio.AbortError, asyncio.CancelledError)):
+    if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, SwitchgearError):
         log.error("call failed", method=method, exc_info=error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 
 import grpc
 
@@ -33,7 +33,6 @@ async def offering(
     drain: Callable[[], Awaitable[None]],
     instance_id: int | None = None,
     cards: Iterable[discovery_pb2.ModelCard] = (),
-    has_metrics_server: bool = True,
 ) -> AsyncIterator[GrpcServer]:
     """Serves gRPC and metrics and is registered while the body runs.
 
@@ -41,12 +40,7 @@ async def offering(
     OSError when a port is taken.
     """
     host = settings.reachable_host
-    metrics = (
-        serving_metrics(settings.host, settings.metrics_port)
-        if has_metrics_server
-        else nullcontext(0)
-    )
-    with metrics as metrics_port:
+    with serving_metrics(settings.host, settings.metrics_port) as metrics_port:
         async with serving(
             settings.host, settings.grpc_port, add_services, service_names
         ) as server:
@@ -55,7 +49,7 @@ async def offering(
                 role=role,
                 name=settings.name or f"{component(role)}-{server.port}",
                 address=f"{host}:{server.port}",
-                metrics_address=f"{host}:{metrics_port}" if metrics_port else "",
+                metrics_address=f"{host}:{metrics_port}",
             )
             async with discovery.registered(instance, cards):
                 await server.set_serving(True)
@@ -72,8 +66,8 @@ async def offering(
 
 
 def _spare_the_garbage_collector() -> None:
-    """What start-up has made stays. Looking through it again and again would stop all streams of the
-    process for tens of milliseconds each time."""
+    """What start-up has made stays. Looking through it again and again would stop all streams of
+    the process for tens of milliseconds each time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_THRESHOLD_OBJECTS, 20, 50)

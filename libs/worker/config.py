@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from libs.common.config import ServiceSettings
+from libs.common.config import KvEventSettings
 
 
-class WorkerSettings(ServiceSettings):
+class WorkerSettings(KvEventSettings):
     """One engine and how it is offered."""
 
     engine: Literal["vllm", "sim"] = "vllm"

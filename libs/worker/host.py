@@ -133,10 +133,14 @@ class EngineHost:
         self.step(Step(finishes=[Finish(key, FinishReason.ERROR, error)]))
 
     def cancel(self, session: Session, handles: Iterable[Handle]) -> None:
-        """Drops requests; they are never heard of again. Unknown handles are ignored."""
-        keys = [key for handle in handles if (key := session.keys.pop(handle, None)) is not None]
-        for key in keys:
-            self._forget(key)
+        """Drops requests, and the KV kept for those that have been prefilled; they are never heard
+        of again. Unknown handles are ignored."""
+        keys: list[RequestKey] = []
+        for handle in handles:
+            key = session.keys.pop(handle, None) or session.kept.pop(handle, None)
+            if key is not None:
+                keys.append(key)
+                self._forget(key)
         if keys:
             self.engine.cancel(keys)
 
@@ -177,6 +181,12 @@ class EngineHost:
         for prefilled in step.prefilled:
             if (live := self._forget(prefilled.key)) is not None:
                 live.session.prefilled(live.handle, prefilled)
+                asyncio.get_running_loop().call_later(
+                    prefilled.kv_session.time_to_live_seconds,
+                    live.session.kept.pop,
+                    live.handle,
+                    None,
+                )
                 touched.add(live.session)
         for session in touched:
             session.flush()

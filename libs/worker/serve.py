@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ async def serve_worker(
     try:
         started = time.monotonic()
         log.info("engine starting", engine=settings.engine, model=str(settings.model))
-        info = await engine.start(host)
+        info = await _unless(stop, engine.start(host))
+        if info is None:
+            return
         log.info("engine started", seconds=round(time.monotonic() - started, 1), info=repr(info))
         host.limits = Limits(settings.model_name, info, legs)
         async with nats_client.connecting(settings.nats_url, settings.name) as nats:
@@ -110,6 +112,21 @@ async def serve_worker(
                 await _until(stop, host.failure)
     finally:
         await engine.close()
+
+
+async def _unless(
+    stop: asyncio.Event, starting: Coroutine[Any, Any, EngineInfo]
+) -> EngineInfo | None:
+    """What the start gives, or None when the process is told to stop first: loading a model takes
+    minutes, and nobody waits that long for a process that has nothing to finish."""
+    started, stopped = asyncio.create_task(starting), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return started.result() if started.done() else None
+    finally:
+        for task in (started, stopped):
+            task.cancel()
+        await asyncio.wait({started, stopped})
 
 
 async def _until(stop: asyncio.Event, failure: asyncio.Future[BaseException]) -> None:

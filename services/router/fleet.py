@@ -38,10 +38,17 @@ class Member:
         self.worker = worker
         self.address = address
         self.is_listed = True
+        self._is_connected = False
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
             self._channel
         )
+
+    def set_listed(self, is_listed: bool) -> None:
+        """Whether discovery has it. One that comes back while its session stands is taken at once:
+        an idle worker may have nothing to say for long."""
+        self.is_listed = is_listed
+        self.worker.is_available = is_listed and self._is_connected
 
     async def run(self) -> None:
         """Keeps the control session up until the worker is neither listed nor there."""
@@ -61,7 +68,7 @@ class Member:
                             status=error.code().name,
                             details=error.details(),
                         )
-                self.worker.is_available = False
+                self._is_connected = self.worker.is_available = False
                 if not self.is_listed:
                     return
                 await asyncio.sleep(RECONNECT_SECONDS)
@@ -73,6 +80,7 @@ class Member:
         link.consumed(1)
         if self.is_listed and not self.worker.is_available:
             log.info("worker connected", worker=self.worker.name, address=self.address)
+        self._is_connected = True
         self.worker.is_available = self.is_listed
 
 
@@ -112,11 +120,10 @@ class Fleet:
             if member is None:
                 self._add(instance_id, instance, card)
             else:
-                member.is_listed = True
+                member.set_listed(True)
         for instance_id, member in self.members.items():
             if instance_id not in listed:
-                member.is_listed = False
-                member.worker.is_available = False
+                member.set_listed(False)
 
     def _add(
         self,

@@ -42,6 +42,8 @@ class OverlapClient:
         self._waiting: list[tuple[kv_indexer_pb2.OverlapQuery, asyncio.Future[Overlaps]]] = []
         self._news = asyncio.Event()
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._failed_at: dict[str, float] = {}
+        """When an indexer last failed to answer, in the event loop's seconds."""
         DEGRADED.labels("no_kv_indexer").set(0)
 
     async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
@@ -72,22 +74,28 @@ class OverlapClient:
 
     async def _ask(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
         request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
-        addresses = sorted(indexer.address for indexer in self._indexers.values())
-        for gone in self._channels.keys() - set(addresses):
+        addresses = {indexer.address for indexer in self._indexers.values()}
+        for gone in self._channels.keys() - addresses:
+            self._failed_at.pop(gone, None)
             await self._channels.pop(gone).close()
+        loop = asyncio.get_running_loop()
+        # One that is stuck takes all the time there is: it comes last next time.
+        ordered = sorted(addresses, key=lambda address: self._failed_at.get(address, 0.0))
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                for address in addresses:
+                for address in ordered:
+                    self._failed_at[address] = loop.time()
                     try:
                         response = await self._stub(address).FindOverlap(request)
+                        answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
-                        continue
-                    self._set_degraded(False)
-                    return [
-                        dict(zip(map(InstanceId, found.instance_ids), found.blocks, strict=True))
-                        for found in response.overlaps
-                    ]
+                    except ValueError as error:
+                        log.warning("indexer answered nonsense", address=address, error=str(error))
+                    else:
+                        del self._failed_at[address]
+                        self._set_degraded(False)
+                        return answers
         except TimeoutError:
             log.debug("indexers too slow", timeout_seconds=self._timeout_seconds)
         self._set_degraded(True)
@@ -111,6 +119,16 @@ class OverlapClient:
                 log.warning("no KV indexer answers: routing by load alone")
             else:
                 log.info("KV indexer answers: routing by overlap again")
+
+
+def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> list[Overlaps]:
+    """Raises ValueError for an answer that does not fit the question."""
+    if len(response.overlaps) != queries:
+        raise ValueError(f"{len(response.overlaps)} overlaps for {queries} queries")
+    return [
+        dict(zip(map(InstanceId, found.instance_ids), found.blocks, strict=True))
+        for found in response.overlaps
+    ]
 
 
 @asynccontextmanager

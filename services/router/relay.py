@@ -74,6 +74,7 @@ class _Request:
         "excluded",
         "generation",
         "handle",
+        "kv_expires_at",
         "kv_session",
         "link",
         "overlaps",
@@ -102,6 +103,8 @@ class _Request:
         self.prefill_timer: asyncio.TimerHandle | None = None
         self.prefill_cached_tokens = 0
         self.kv_session: generation_pb2.KvSessionRef | None = None
+        self.kv_expires_at = 0.0
+        """End of `kv_session`, in the event loop's seconds."""
 
     @property
     def is_prefilling(self) -> bool:
@@ -251,6 +254,9 @@ class Relay:
         request.decode.book(request.booking)
         request.prefill = decision.prefill.worker
         seconds = self._settings.prefill_timeout_seconds
+        if request.deadline is not None:
+            # Half of what is left stays for computing the prompt after all.
+            seconds = min(seconds, max(0.0, request.deadline - self._loop.time()) / 2)
         request.prefill_timer = self._loop.call_later(
             seconds, partial(self._prefill_failed, request, "timeout")
         )
@@ -309,6 +315,10 @@ class Relay:
                 self._fail(request, DeadlineExceeded("the deadline passed in the router"))
             return
         request.link = link
+        if request.kv_session is not None:
+            # A refusal may have cost some of it. With nothing left the worker does not pull.
+            left = request.kv_expires_at - self._loop.time()
+            request.kv_session.time_to_live.CopyFrom(grpc_errors.duration_of(left))
         link.submit(
             request.handle,
             request.generation,
@@ -391,6 +401,9 @@ class Relay:
         self._stop_prefill_timer(request)
         request.link = None
         request.kv_session = prefilled.kv_session
+        request.kv_expires_at = self._loop.time() + grpc_errors.seconds_of(
+            prefilled.kv_session.time_to_live
+        )
         request.prefill_cached_tokens = prefilled.cached_tokens
         worker, booking = request.decode, request.booking
         assert worker is not None

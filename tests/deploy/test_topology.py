@@ -47,13 +47,18 @@ def test_only_the_frontends_share_a_port() -> None:
     assert {spec.ports["http"] for spec in made.values() if "http" in spec.ports} == {8000}
 
 
-def test_every_service_is_told_its_name_and_where_etcd_and_nats_are() -> None:
+def test_every_service_is_told_its_name_and_where_etcd_is() -> None:
     made = specs()
     services = [spec for name, spec in made.items() if name not in ("etcd-0", "nats-0")]
     for spec in services:
         assert flag(spec, "--name") == spec.name
         assert flag(spec, "--etcd-url") == made["etcd-0"].address
-        assert flag(spec, "--nats-url") == made["nats-0"].address
+
+
+def test_who_sends_or_follows_kv_events_is_told_where_nats_is() -> None:
+    made = specs()
+    for name in ("kv_indexer-0", "prefill_worker-0", "decode_worker-0"):
+        assert flag(made[name], "--nats-url") == made["nats-0"].address
 
 
 def test_a_frontend_is_ready_when_it_lists_the_model() -> None:

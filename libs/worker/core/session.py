@@ -28,6 +28,9 @@ class Session:
             raise ProtocolViolation(f"window_responses must be at least 1, got {window_responses}")
         self.keys: dict[Handle, RequestKey] = {}
         """Live requests."""
+        self.kept: dict[Handle, RequestKey] = {}
+        """Prefill legs that are over and whose KV may still wait, for a cancellation that crossed
+        their end."""
         self.taken_sequence_number = 0
         self._wake = wake
         self._window = window_responses
@@ -96,7 +99,7 @@ class Session:
 
     def prefilled(self, handle: Handle, prefilled: Prefilled) -> None:
         """Ends a prefill leg."""
-        del self.keys[handle]
+        self.kept[handle] = self.keys.pop(handle)
         self._prefilled.append(
             worker_pb2.Prefilled(
                 handle=handle,

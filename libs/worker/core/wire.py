@@ -98,9 +98,10 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
         raise InvalidRequest(f"generation can't be parsed: {error}") from error
     leg = _LEGS.get(submit.leg)
     if leg not in limits.legs:
-        raise InvalidRequest(
-            f"leg {worker_pb2.Leg.Name(submit.leg)} is not for this worker", param="leg"
-        )
+        # One of a newer client has no name here.
+        known = submit.leg in worker_pb2.Leg.values()
+        name = worker_pb2.Leg.Name(submit.leg) if known else submit.leg
+        raise InvalidRequest(f"leg {name} is not for this worker", param="leg")
     if generation.model != limits.model:
         raise ModelNotFound(
             f"model {generation.model!r} is not served here; {limits.model!r} is", param="model"

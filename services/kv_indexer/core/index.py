@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from libs.common.errors import InvalidRequest
 from libs.common.kv_events import InstanceId, SequenceHash
 
 
@@ -140,14 +139,10 @@ class BlockIndex:
         """Leading blocks of the prompt that each worker holds, without workers that hold none.
 
         Looks at a logarithmic number of the prompt's blocks for each different depth, so the
-        prompt may be any sequence with cheap indexing. Raises InvalidRequest when the model is
-        indexed by other block sizes only.
+        prompt may be any sequence with cheap indexing.
         """
         of_model = self._models.get((model, block_size_tokens))
-        if of_model is None:
-            self._check_not_indexed(model, block_size_tokens)
-            return {}
-        if not prompt:
+        if of_model is None or not prompt:
             return {}
         find, workers = of_model.holders.get, of_model.workers
         depths: dict[InstanceId, int] = {}
@@ -171,14 +166,6 @@ class BlockIndex:
             stretches.append((low, holders, middle, between))
             stretches.append((middle, between, high, staying))
         return depths
-
-    def _check_not_indexed(self, model: str, block_size_tokens: int) -> None:
-        sizes = sorted(size for name, size in self._models if name == model)
-        if sizes:
-            raise InvalidRequest(
-                f"model {model!r} is indexed by blocks of {sizes} tokens, not {block_size_tokens}",
-                param="block_size_tokens",
-            )
 
     def held(self, instance: InstanceId) -> frozenset[SequenceHash]:
         """A copy of what a worker holds."""

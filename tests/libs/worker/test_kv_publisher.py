@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from prometheus_client import REGISTRY
 
 from libs.common.hashing import sequence_hashes
 from libs.common.kv_events import all_subjects, subject
@@ -95,11 +96,17 @@ async def test_a_quiet_worker_repeats_its_last_number(
     assert [(batch.sequence_number, len(batch.events)) for batch in batches[:2]] == [(1, 1), (1, 0)]
 
 
+def dropped_batches() -> float:
+    labels = {"outcome": "dropped"}
+    return REGISTRY.get_sample_value("switchgear_worker_kv_batches_total", labels) or 0.0
+
+
 async def test_what_is_lost_while_nats_is_away_shows_in_the_numbers(
     start_nats: Callable[[], ServerProcess],
 ) -> None:
     server = start_nats()
     server.stop()
+    dropped = dropped_batches()
     async with connecting(server.url, "worker") as nats:
         publisher = publisher_on(nats)
         async with background(publisher.run()):
@@ -107,7 +114,7 @@ async def test_what_is_lost_while_nats_is_away_shows_in_the_numbers(
             publisher.take([stored(3, 4)])
             # The snapshot numbers what was not published yet.
             assert next(publisher.snapshot()).sequence_number == 1
-            await asyncio.sleep(0)
+            await until(lambda: dropped_batches() > dropped)
             server.start()
             await until(lambda: nats.is_connected)
             async with subscriber(server.url) as batches:
