@@ -42,7 +42,7 @@ async def run_alone(
         while True:
             await news.wait()
             news.clear()
-            if (response := session.take(host.engine.load())) is None:
+            if (response := session.take(host.engine.load)) is None:
                 continue
             for refusal in response.refusals:
                 raise grpc_errors.from_message(refusal.error)

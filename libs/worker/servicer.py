@@ -66,7 +66,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 request_iterator,
                 context,
                 command=command,
-                take=lambda: session.take(self._host.engine.load()),
+                take=lambda: session.take(self._host.engine.load),
                 news=news,
                 closing=self.closing,
             )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -185,7 +185,7 @@ class Pipeline:
 
 def new_request_id(prefix: str) -> str:
     """A unique name for a request, such as chatcmpl-..."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{random.getrandbits(128):032x}"
 
 
 @asynccontextmanager

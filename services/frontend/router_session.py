@@ -42,7 +42,8 @@ class Inbox:
     """What has come for one submitted request, and was not read yet."""
 
     __slots__ = (
-        "_arrived",
+        "_has_news",
+        "_reader",
         "_session",
         "_tokens",
         "error",
@@ -66,7 +67,8 @@ class Inbox:
         """With an error: the worker to exclude next time; 0 when it was nobody's fault."""
         self._session = session
         self._tokens: list[int] = []
-        self._arrived = asyncio.Event()
+        self._has_news = False
+        self._reader: asyncio.Future[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -75,8 +77,10 @@ class Inbox:
 
     async def take(self) -> list[int]:
         """Waits for something to arrive; the tokens since last time. Read `is_over` after it."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        if not self._has_news:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        self._has_news = False
         tokens, self._tokens = self._tokens, []
         return tokens
 
@@ -86,11 +90,19 @@ class Inbox:
 
     def put(self, token: int) -> None:
         self._tokens.append(token)
-        self._arrived.set()
+        self._wake()
 
     def put_many(self, tokens: list[int]) -> None:
         self._tokens += tokens
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._has_news = True
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():
+                reader.set_result(None)
 
     def finish(self, finish: outputs_pb2.SequenceFinish) -> None:
         if finish.reason in (
@@ -98,7 +110,7 @@ class Inbox:
             generation_pb2.FINISH_REASON_LENGTH,
         ):
             self.finish_reason = finish.reason
-            self._arrived.set()
+            self._wake()
             return
         worker_id = self.routed.decode_worker.instance_id if self.routed else 0
         if finish.reason == generation_pb2.FINISH_REASON_ERROR:
@@ -110,7 +122,7 @@ class Inbox:
     def fail(self, error: SwitchgearError, failed_instance_id: int = 0) -> None:
         self.error = error
         self.failed_instance_id = failed_instance_id
-        self._arrived.set()
+        self._wake()
 
 
 class RouterSessions:

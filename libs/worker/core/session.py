@@ -128,11 +128,12 @@ class Session:
         self._is_dirty = True
         self._wake()
 
-    def take(self, load: EngineLoad) -> worker_pb2.SessionResponse | None:
+    def take(self, read_load: Callable[[], EngineLoad]) -> worker_pb2.SessionResponse | None:
         """The next message to send, with everything there is; None when there is nothing, or no
         credit."""
         if not self._is_dirty or self._sent - self._consumed >= self._window:
             return None
+        load = read_load()
         response = worker_pb2.SessionResponse(
             load=wire.load_to_message(load),
             taken_sequence_number=self.taken_sequence_number,

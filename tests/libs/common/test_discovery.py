@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import urlsplit
 
+import aetcd
 import pytest
 
 from libs.common import discovery
@@ -54,6 +56,19 @@ async def test_namespaces_do_not_see_each_other(
         await until(lambda: bool(seen.entries))
         await unseen.was_read.wait()
         assert not unseen.entries
+
+
+async def test_a_key_that_is_no_text_ends_no_watch(etcd_server: ServerProcess) -> None:
+    there, where = Discovery(etcd_server.url, "ns"), urlsplit(etcd_server.url)
+    async with there.watching("instances/", discovery_pb2.Instance) as before:
+        await before.was_read.wait()
+        async with aetcd.Client(host=where.hostname, port=where.port) as client:
+            await client.put(b"/switchgear/v1/ns/instances/\xff", b"{}")
+        async with (
+            there.watching("instances/", discovery_pb2.Instance) as after,
+            there.registered(WORKER),
+        ):
+            await until(lambda: WORKER in before.values() and WORKER in after.values())
 
 
 async def test_a_watch_that_starts_before_etcd_is_told_when_it_comes(

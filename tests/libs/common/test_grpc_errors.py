@@ -9,6 +9,7 @@ import pytest
 from libs.common import errors, grpc_errors
 from libs.common.errors import BY_REASON, SwitchgearError
 from libs.common.grpc_server import serving
+from switchgear.common.v1 import generation_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 
 
@@ -75,6 +76,17 @@ def test_every_error_crosses_a_stream_intact(error_class: type[SwitchgearError])
     back = grpc_errors.from_message(grpc_errors.to_message(error))
     assert type(back) is error_class
     assert (back.message, back.param, back.retry_after_seconds) == ("message", "field", 0.25)
+
+
+@pytest.mark.parametrize("is_retryable", [False, True])
+def test_an_error_of_a_newer_version_is_as_retryable_as_its_sender_said(
+    is_retryable: bool,
+) -> None:
+    message = generation_pb2.Error(reason="NEW", message="message", retryable=is_retryable)
+    message.retry_after.CopyFrom(grpc_errors.duration_of(0.25))
+    error = grpc_errors.from_message(message)
+    assert error.is_retryable == is_retryable
+    assert (error.message, error.retry_after_seconds) == ("message", 0.25)
 
 
 def test_reasons_are_unique() -> None:

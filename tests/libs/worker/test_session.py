@@ -17,6 +17,10 @@ def nothing() -> None:
     pass
 
 
+def load() -> EngineLoad:
+    return LOAD
+
+
 def outputs(response: worker_pb2.SessionResponse | None) -> outputs_pb2.StepOutputs:
     assert response is not None
     return outputs_pb2.StepOutputs.FromString(response.outputs)
@@ -25,11 +29,11 @@ def outputs(response: worker_pb2.SessionResponse | None) -> outputs_pb2.StepOutp
 def test_the_first_message_has_the_load_and_nothing_else() -> None:
     session = Session(nothing, 1)
     session.flush()
-    response = session.take(LOAD)
+    response = session.take(load)
     assert response is not None
     assert response.load.queued_prefill_tokens == 3
     assert not response.outputs
-    assert session.take(LOAD) is None
+    assert session.take(load) is None
 
 
 def test_one_token_each_needs_no_counts() -> None:
@@ -37,7 +41,7 @@ def test_one_token_each_needs_no_counts() -> None:
     session.produced_one(1, 10)
     session.produced_one(2, 20)
     session.flush()
-    sent = outputs(session.take(LOAD))
+    sent = outputs(session.take(load))
     assert (list(sent.handles), list(sent.token_ids)) == ([1, 2], [10, 20])
     assert not sent.token_counts
 
@@ -47,7 +51,7 @@ def test_a_finish_names_its_handle_outside_the_outputs() -> None:
     session.keys[7] = RequestKey(1)
     session.finished(7, Finish(RequestKey(1), FinishReason.ERROR, Overloaded("no room")))
     session.flush()
-    response = session.take(LOAD)
+    response = session.take(load)
     assert response is not None
     assert list(response.finished_handles) == [7]
     [finish] = outputs(response).finishes
@@ -59,7 +63,7 @@ def test_an_idle_client_hears_of_a_changed_load_once() -> None:
     woken: list[int] = []
     session = Session(lambda: woken.append(1), 9)
     session.flush()
-    session.take(LOAD)
+    session.take(load)
     woken.clear()
     session.load_changed(LOAD)
     assert not woken
@@ -99,7 +103,7 @@ def test_whatever_is_merged_every_token_arrives_once_and_in_order(
     sent = consumed = commands = 0
 
     def take() -> bool:
-        response = session.take(LOAD)
+        response = session.take(load)
         if response is None:
             return False
         message = outputs_pb2.StepOutputs.FromString(response.outputs)

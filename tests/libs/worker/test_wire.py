@@ -115,6 +115,11 @@ def test_a_leg_that_is_not_this_workers_is_refused() -> None:
         parse(generation(), worker_pb2.LEG_UNSPECIFIED)
 
 
+def test_a_leg_of_a_newer_client_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="leg 99"):
+        parse(generation(), 99)  # type: ignore[arg-type]
+
+
 def test_bytes_that_are_no_generation_are_refused() -> None:
     submit = worker_pb2.Submit(handle=1, generation=b"\xff\xff", leg=worker_pb2.LEG_WHOLE)
     with pytest.raises(InvalidRequest, match="generation"):

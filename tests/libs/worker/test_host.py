@@ -1,0 +1,54 @@
+"""What the host keeps of a computed prompt's KV, with a simulated engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from libs.engine.sim.settings import SimSettings
+from libs.worker.core.session import Session
+from switchgear.common.v1 import generation_pb2
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.worker.v1 import worker_pb2
+from tests.fixtures.eventually import until
+from tests.fixtures.workers import MODEL, SimWorker, sim_worker
+
+HANDLE = 1
+
+
+@asynccontextmanager
+async def computed(kv_lease_seconds: float = 30) -> AsyncIterator[tuple[SimWorker, Session]]:
+    """A worker that has computed a client's prompt and waits for somebody to pull it."""
+    settings = SimSettings(timing="fixed", step_ms=1, kv_lease_seconds=kv_lease_seconds)
+    generation = generation_pb2.Generation(
+        request_id="r",
+        model=MODEL,
+        token_ids=range(200),
+        stopping=generation_pb2.StoppingOptions(max_tokens=3),
+    )
+    submit = worker_pb2.Submit(
+        handle=HANDLE, leg=worker_pb2.LEG_PREFILL, generation=generation.SerializeToString()
+    )
+    async with sim_worker(discovery_pb2.ROLE_PREFILL_WORKER, "p", settings) as worker:
+        session = worker.host.open(lambda: None, 8)
+        worker.host.submit(session, [submit])
+        await until(worker.host.idle.is_set)
+        yield worker, session
+
+
+async def test_a_cancellation_that_crossed_the_end_of_a_prefill_leg_frees_its_kv() -> None:
+    async with computed() as (worker, session):
+        assert worker.engine.load().active_kv_blocks > 0
+        worker.host.cancel(session, [HANDLE])
+        assert worker.engine.load().active_kv_blocks == 0
+
+
+async def test_kv_stays_when_its_client_goes_since_somebody_may_be_pulling_it() -> None:
+    async with computed() as (worker, session):
+        worker.host.close(session)
+        assert worker.engine.load().active_kv_blocks > 0
+
+
+async def test_a_prefill_leg_is_forgotten_when_its_lease_ends() -> None:
+    async with computed(kv_lease_seconds=0.05) as (worker, session):
+        await until(lambda: not session.kept and worker.engine.load().active_kv_blocks == 0)

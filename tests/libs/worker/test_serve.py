@@ -1,0 +1,48 @@
+"""A worker from its start on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from libs.common.tasks import background
+from libs.engine.interface import EngineInfo, EngineSink
+from libs.engine.sim.engine import SimEngine
+from libs.engine.sim.settings import SimSettings
+from libs.worker import serve
+from services.prefill_worker import main
+from services.prefill_worker.config import PrefillWorkerSettings
+
+
+class LoadingEngine(SimEngine):
+    """Loads its model for as long as anybody waits."""
+
+    def __init__(self) -> None:
+        super().__init__(SimSettings())
+        self.is_loading = asyncio.Event()
+        self.is_closed = False
+
+    async def start(self, sink: EngineSink) -> EngineInfo:
+        self.is_loading.set()
+        await asyncio.Event().wait()
+        return await super().start(sink)
+
+    async def close(self) -> None:
+        self.is_closed = True
+        await super().close()
+
+
+async def test_a_worker_told_to_stop_while_its_engine_starts_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    engine, stop = LoadingEngine(), asyncio.Event()
+    monkeypatch.setattr(serve, "make_engine", lambda settings, leg: engine)
+    settings = PrefillWorkerSettings(engine="sim", model=tmp_path)
+    async with asyncio.timeout(10), background(main.serve(settings, stop)) as serving:
+        await engine.is_loading.wait()
+        stop.set()
+        await serving
+    assert engine.is_closed
