@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libs.common.errors import InvalidRequest
 from services.kv_indexer.core.index import BlockIndex
 
 MODEL, BLOCK_SIZE_TOKENS = "m", 16
@@ -70,9 +68,8 @@ def test_a_model_that_nobody_serves_overlaps_with_nothing() -> None:
     assert index.overlap(MODEL, 32, [1]) == {}
 
 
-def test_another_block_size_than_the_models_is_an_error() -> None:
-    with pytest.raises(InvalidRequest, match=r"\[16\] tokens, not 32"):
-        index_of(a=[1]).overlap(MODEL, 32, [1])
+def test_another_block_size_than_the_models_overlaps_with_nothing() -> None:
+    assert index_of(a=[1]).overlap(MODEL, 32, [1]) == {}
 
 
 def test_a_full_index_keeps_the_first_blocks_of_what_has_no_room() -> None:

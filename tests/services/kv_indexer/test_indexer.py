@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import grpc
-import pytest
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nats.aio.client import Client
@@ -349,14 +348,13 @@ async def test_each_query_of_a_call_has_its_answer_in_order() -> None:
     assert overlaps == [{1: 3, 2: 1}, {}, {}, {1: 1, 2: 1}]
 
 
-async def test_a_query_of_another_block_size_is_an_invalid_argument() -> None:
+async def test_a_query_of_another_block_size_finds_nobody_and_costs_the_others_nothing() -> None:
     async with stub_of(indexer_holding(w1=[1])) as stub:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.FindOverlap(
-                kv_indexer_pb2.FindOverlapRequest(queries=[query(1, size=32)]),  # type: ignore[list-item]
-                timeout=5,
-            )
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        answer = await stub.FindOverlap(
+            kv_indexer_pb2.FindOverlapRequest(queries=[query(1, size=32), query(1)]),  # type: ignore[list-item]
+            timeout=5,
+        )
+    assert [list(o.instance_ids) for o in answer.overlaps] == [[], [1]]
 
 
 async def test_the_status_names_workers_and_why_they_are_degraded() -> None:

@@ -3,235 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 
-from libs.common import hashing
-from libs.common.discovery import Table
+from libs.common import grpc_errors, hashing
+from libs.common.discovery import new_instance_id
+from libs.common.errors import NoLiveInstance
 from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
-from libs.common.tasks import background
 from libs.engine.sim.settings import SimSettings
-from services.router.config import RouterSettings
-from services.router.fleet import Fleet
-from services.router.overlap_client import OverlapClient
-from services.router.servicer import RouterServicer
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2
-from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
-from switchgear.router.v1 import router_pb2, router_pb2_grpc
+from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fixtures.eventually import until
-from tests.fixtures.workers import FILES, MODEL, SimWorker, sim_worker
+from tests.fixtures.workers import FILES, MODEL
+from tests.services.router.standing import (
+    DECODE,
+    LONG_PROMPT,
+    PREFILL,
+    Session,
+    Stand,
+    generate,
+    generation,
+    standing,
+)
 
-PREFILL = discovery_pb2.ROLE_PREFILL_WORKER
-DECODE = discovery_pb2.ROLE_DECODE_WORKER
 SLOW = SimSettings(timing="fixed", step_ms=20)
-LONG_PROMPT = list(range(2000, 2400))
-
-
-class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
-    """Says what a test tells it, of prompts of any content."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, int] = {}
-
-    async def FindOverlap(
-        self, request: kv_indexer_pb2.FindOverlapRequest, context: object
-    ) -> kv_indexer_pb2.FindOverlapResponse:
-        return kv_indexer_pb2.FindOverlapResponse(
-            overlaps=[
-                kv_indexer_pb2.Overlap(instance_ids=self.blocks, blocks=self.blocks.values())
-                for _ in request.queries
-            ]
-        )
-
-    async def GetStatus(
-        self, request: kv_indexer_pb2.GetStatusRequest, context: object
-    ) -> kv_indexer_pb2.GetStatusResponse:
-        return kv_indexer_pb2.GetStatusResponse()
-
-
-class Stand:
-    """A router, its workers, and one frontend's stub."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
-        self.instances: Table[discovery_pb2.Instance] = Table()
-        self.cards: Table[discovery_pb2.ModelCard] = Table()
-        self.indexer = FakeIndexer()
-        self.workers: dict[str, SimWorker] = {}
-        self.fleet: Fleet
-        self.stub: router_pb2_grpc.RouterServiceAsyncStub
-
-    async def add(
-        self,
-        role: discovery_pb2.Role.ValueType,
-        name: str,
-        settings: SimSettings | None = None,
-        *,
-        max_waiting_requests: int = 100,
-    ) -> SimWorker:
-        """Starts a worker and waits until the router is connected to it."""
-        worker = await self._stack.enter_async_context(
-            sim_worker(role, name, settings, max_waiting_requests=max_waiting_requests)
-        )
-        self.workers[name] = worker
-        self._publish()
-        await until(lambda: self._is_available(name))
-        return worker
-
-    def _publish(self) -> None:
-        self.instances.replace(
-            {(str(w.instance.instance_id),): w.instance for w in self.workers.values()}
-        )
-        self.cards.replace({(str(w.card.instance_id),): w.card for w in self.workers.values()})
-
-    def unlist(self, name: str) -> None:
-        """Takes a worker out of discovery."""
-        del self.workers[name]
-        self._publish()
-
-    def _is_available(self, name: str) -> bool:
-        return any(w.name == name and w.is_available for w in self.fleet.workers)
-
-
-@asynccontextmanager
-async def _stand(**settings: object) -> AsyncIterator[Stand]:
-    async with AsyncExitStack() as stack:
-        stand = Stand(stack)
-
-        def add_indexer(server: grpc.aio.Server) -> None:
-            kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(stand.indexer, server)
-
-        indexer = await stack.enter_async_context(serving("127.0.0.1", 0, add_indexer, []))
-        indexers: Table[discovery_pb2.Instance] = Table()
-        indexers.replace(
-            {("1",): discovery_pb2.Instance(address=f"127.0.0.1:{indexer.port}", name="i")}
-        )
-        overlaps = OverlapClient(indexers, timeout_seconds=5)
-        await stack.enter_async_context(background(overlaps.run()))
-        stand.fleet = Fleet(stand.instances, stand.cards)
-        stack.push_async_callback(stand.fleet.close)
-        servicer = RouterServicer(
-            stand.fleet, overlaps, RouterSettings.model_validate({"drain_seconds": 0, **settings})
-        )
-
-        def add_router(server: grpc.aio.Server) -> None:
-            router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
-
-        server = await stack.enter_async_context(
-            serving("127.0.0.1", 0, add_router, [], grace_seconds=0)
-        )
-        channel = await stack.enter_async_context(
-            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
-        )
-        stand.stub = router_pb2_grpc.RouterServiceStub(channel)
-        yield stand
+HELD_SECONDS = 0.2
 
 
 @pytest.fixture
 async def stand() -> AsyncIterator[Stand]:
-    async with _stand() as made:
+    async with standing() as made:
         yield made
-
-
-def generation(
-    prompt: list[int], max_tokens: int, request_id: str = "r"
-) -> generation_pb2.Generation:
-    return generation_pb2.Generation(
-        request_id=request_id,
-        model=MODEL,
-        token_ids=prompt,
-        stopping=generation_pb2.StoppingOptions(max_tokens=max_tokens),
-    )
-
-
-async def generate(
-    stand: Stand, prompt: list[int], max_tokens: int = 5, timeout: float = 20
-) -> tuple[list[int], router_pb2.Routed]:
-    """Tokens and route of one plain call."""
-    tokens: list[int] = []
-    routed = router_pb2.Routed()
-    call = stand.stub.Generate(
-        router_pb2.GenerateRequest(generation=generation(prompt, max_tokens)), timeout=timeout
-    )
-    async for response in call:
-        tokens.extend(response.token_ids)
-        if response.HasField("routed"):
-            routed = response.routed
-    return tokens, routed
-
-
-class Session:
-    """A frontend's session, in the plainest way."""
-
-    def __init__(self, stand: Stand, window: int = 32) -> None:
-        self.call = stand.stub.Session()
-        self._window = window
-        self._received = 0
-        self.tokens: dict[int, list[int]] = {}
-        self.finished: dict[int, int] = {}
-        self.failures: dict[int, router_pb2.Failure] = {}
-        self.routed: dict[int, router_pb2.Routed] = {}
-
-    async def open(self) -> None:
-        await self.call.write(router_pb2.SessionRequest(window_responses=self._window))
-
-    async def submit(self, handle: int, prompt: list[int], max_tokens: int) -> None:
-        hashes = hashing.sequence_hashes(prompt, 16)
-        await self.call.write(
-            router_pb2.SessionRequest(
-                submits=[
-                    router_pb2.Submit(
-                        handle=handle,
-                        generation=generation(prompt, max_tokens, f"r{handle}").SerializeToString(),
-                        routing=router_pb2.RoutingRequest(
-                            request_id=f"r{handle}",
-                            model=MODEL,
-                            prompt_tokens=len(prompt),
-                            block_size_tokens=16,
-                            sequence_hashes=hashes,
-                        ),
-                    )
-                ],
-                consumed_responses=self._received,
-            )
-        )
-
-    async def read(self) -> None:
-        """Takes one message in and gives credit for it."""
-        async with asyncio.timeout(10):
-            message = await self.call.read()
-        assert isinstance(message, router_pb2.SessionResponse), "the session ended"
-        self._received += 1
-        for routed in message.routed:
-            self.routed[routed.handle] = routed
-        for serialised in message.outputs:
-            outputs = outputs_pb2.StepOutputs.FromString(serialised)
-            counts = outputs.token_counts or [1] * len(outputs.handles)
-            tokens = iter(outputs.token_ids)
-            for handle, count in zip(outputs.handles, counts, strict=True):
-                assert handle not in self.finished
-                self.tokens.setdefault(handle, []).extend(next(tokens) for _ in range(count))
-            for finish in outputs.finishes:
-                self.finished[finish.handle] = finish.reason
-        for failure in message.failures:
-            self.failures[failure.handle] = failure
-        await self.call.write(router_pb2.SessionRequest(consumed_responses=self._received))
-
-    async def read_to_the_end(self) -> None:
-        """Raises what the router ended the session with."""
-        async with asyncio.timeout(10):
-            while await self.call.read() is not grpc.aio.EOF:
-                pass
-
-    async def read_until(self, is_enough: Callable[[], bool]) -> None:
-        while not is_enough():
-            await self.read()
 
 
 async def test_a_short_prompt_is_served_whole(stand: Stand) -> None:
@@ -285,7 +92,7 @@ async def test_the_worker_that_holds_the_prefix_gets_the_request(stand: Stand) -
 
 
 async def test_a_dead_prefill_worker_costs_nothing_but_its_help() -> None:
-    async with _stand() as stand:
+    async with standing() as stand:
         await stand.add(PREFILL, "p", SimSettings(timing="default", chunk_tokens=256))
         await stand.add(DECODE, "d")
         session = Session(stand)
@@ -303,7 +110,7 @@ async def test_a_dead_prefill_worker_costs_nothing_but_its_help() -> None:
 
 
 async def test_a_prefill_worker_that_takes_too_long_is_given_up() -> None:
-    async with _stand(prefill_timeout_seconds=0.05) as stand:
+    async with standing(prefill_timeout_seconds=0.05) as stand:
         await stand.add(PREFILL, "p", SimSettings(timing="default", chunk_tokens=256))
         await stand.add(DECODE, "d")
         tokens, routed = await generate(stand, list(range(20_000)), 3)
@@ -326,6 +133,24 @@ async def test_a_lost_decode_worker_is_reported_for_migration(stand: Stand) -> N
     assert failure.failed_instance_id == lost.instance.instance_id
     assert not any(worker.is_available for worker in stand.fleet.workers)
     session.call.cancel()
+
+
+async def test_an_idle_worker_that_is_listed_again_is_available_at_once(stand: Stand) -> None:
+    worker = await stand.add(DECODE, "d")
+    stand.unlist("d")
+    assert not stand.is_available("d")
+    stand.enlist(worker.instance, worker.card)
+    assert stand.is_available("d")
+    tokens, _ = await generate(stand, [1, 2, 3])
+    assert len(tokens) == 5
+
+
+async def test_a_dead_worker_that_is_still_listed_stays_unavailable(stand: Stand) -> None:
+    dead = await stand.add(DECODE, "dead")
+    await dead.die()
+    await until(lambda: not stand.is_available("dead"))
+    await stand.add(DECODE, "new")
+    assert not stand.is_available("dead")
 
 
 async def test_cancelling_reaches_the_engine(stand: Stand) -> None:
@@ -359,6 +184,69 @@ async def test_a_refused_request_is_tried_on_another_worker(stand: Stand) -> Non
     tokens, routed = await generate(stand, LONG_PROMPT, 4)
     assert len(tokens) == 4
     assert routed.decode_worker.name == "free"
+
+
+class LateRefuser(worker_pb2_grpc.WorkerServiceServicer):
+    """Decode workers of which the first to get a request refuses it late, and any later one ends it
+    at once."""
+
+    def __init__(self) -> None:
+        self.times_to_live_seconds: list[float] = []
+        """Of the KV session in each submit, in order."""
+
+    async def Session(
+        self, requests: AsyncIterator[worker_pb2.SessionRequest], context: object
+    ) -> AsyncIterator[worker_pb2.SessionResponse]:
+        yield worker_pb2.SessionResponse()
+        async for request in requests:
+            for submit in request.submits:
+                time_to_live = grpc_errors.seconds_of(submit.kv_session.time_to_live)
+                self.times_to_live_seconds.append(time_to_live)
+                is_first = len(self.times_to_live_seconds) == 1
+                yield await (_late_refusal if is_first else _end)(submit.handle)
+
+
+async def _late_refusal(handle: int) -> worker_pb2.SessionResponse:
+    await asyncio.sleep(HELD_SECONDS)
+    error = grpc_errors.to_message(NoLiveInstance("the worker is draining"))
+    return worker_pb2.SessionResponse(refusals=[worker_pb2.Refusal(handle=handle, error=error)])
+
+
+async def _end(handle: int) -> worker_pb2.SessionResponse:
+    finish = outputs_pb2.SequenceFinish(handle=handle, reason=generation_pb2.FINISH_REASON_STOP)
+    outputs = outputs_pb2.StepOutputs(handles=[handle], token_ids=[1], finishes=[finish])
+    return worker_pb2.SessionResponse(
+        finished_handles=[handle], outputs=outputs.SerializeToString()
+    )
+
+
+async def test_the_time_that_a_late_refusal_took_is_gone_from_the_kv_session(stand: Stand) -> None:
+    await stand.add(PREFILL, "p")
+    refuser = LateRefuser()  # type: ignore[abstract]
+
+    def add(server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(refuser, server)
+
+    async with serving("127.0.0.1", 0, add, [], grace_seconds=0) as server:
+        for name in ("d0", "d1"):
+            instance_id, address = new_instance_id(), f"127.0.0.1:{server.port}"
+            stand.enlist(
+                discovery_pb2.Instance(
+                    instance_id=instance_id, role=DECODE, name=name, address=address
+                ),
+                discovery_pb2.ModelCard(
+                    instance_id=instance_id,
+                    role=DECODE,
+                    model=MODEL,
+                    kv_block_size_tokens=16,
+                    transfer_backend="sim",
+                ),
+            )
+        await until(lambda: stand.is_available("d0") and stand.is_available("d1"))
+        tokens, _ = await generate(stand, LONG_PROMPT)
+    assert tokens == [1]
+    at_first, later = refuser.times_to_live_seconds
+    assert 0 < later < at_first - HELD_SECONDS / 2
 
 
 async def test_when_everyone_refuses_the_refusal_is_the_answer(stand: Stand) -> None:

@@ -1,0 +1,104 @@
+"""What bad indexers do to routing: nothing, but for overlaps that are not known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import pytest
+
+from libs.common.discovery import Table
+from libs.common.grpc_server import serving
+from libs.common.tasks import background
+from services.router.overlap_client import OverlapClient
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+from tests.services.router.standing import FakeIndexer
+
+QUERY = kv_indexer_pb2.OverlapQuery(model="m", block_size_tokens=16, sequence_hashes=[1])
+HOLDER = 7
+
+
+class Indexer(FakeIndexer):
+    """Knows one holder, until it gets stuck, as a stopped process does, or babbles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = {HOLDER: 1}
+        self.was_asked = False
+        self.is_stuck = False
+        self.babble: kv_indexer_pb2.FindOverlapResponse | None = None
+        """Its answer to whatever it is asked."""
+
+    async def FindOverlap(
+        self, request: kv_indexer_pb2.FindOverlapRequest, context: object
+    ) -> kv_indexer_pb2.FindOverlapResponse:
+        self.was_asked = True
+        if self.is_stuck:
+            await asyncio.Event().wait()
+        if self.babble is not None:
+            return self.babble
+        return await super().FindOverlap(request, context)
+
+
+@asynccontextmanager
+async def asking(*indexers: Indexer) -> AsyncIterator[OverlapClient]:
+    async with AsyncExitStack() as stack:
+        listed: dict[tuple[str, ...], discovery_pb2.Instance] = {}
+        for indexer in indexers:
+            add = partial(kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server, indexer)
+            server = await stack.enter_async_context(
+                serving("127.0.0.1", 0, add, [], grace_seconds=0)
+            )
+            address = f"127.0.0.1:{server.port}"
+            listed[(address,)] = discovery_pb2.Instance(address=address)
+        table: Table[discovery_pb2.Instance] = Table()
+        table.replace(listed)
+        client = OverlapClient(table, timeout_seconds=1)
+        await stack.enter_async_context(background(client.run()))
+        yield client
+
+
+MALFORMED = pytest.mark.parametrize(
+    "overlaps",
+    [[], [kv_indexer_pb2.Overlap(instance_ids=[HOLDER, 8], blocks=[1])]],
+    ids=["too few", "ids without blocks"],
+)
+
+
+@MALFORMED
+async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
+    overlaps: list[kv_indexer_pb2.Overlap],
+) -> None:
+    indexer = Indexer()
+    async with asking(indexer) as client, asyncio.timeout(10):
+        indexer.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=overlaps)
+        assert await client.find([QUERY]) == [{}]
+        indexer.babble = None
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+
+
+@MALFORMED
+async def test_a_malformed_answer_costs_none_since_another_indexer_is_asked(
+    overlaps: list[kv_indexer_pb2.Overlap],
+) -> None:
+    indexers = Indexer(), Indexer()
+    async with asking(*indexers) as client, asyncio.timeout(10):
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+        (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
+        favourite.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=overlaps)
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+        assert all(indexer.was_asked for indexer in indexers)
+
+
+async def test_an_indexer_that_gets_stuck_costs_one_answer() -> None:
+    indexers = Indexer(), Indexer()
+    async with asking(*indexers) as client, asyncio.timeout(10):
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+        (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
+        favourite.is_stuck = True
+        assert await client.find([QUERY]) == [{}]
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
