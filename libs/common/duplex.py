@@ -8,13 +8,29 @@ from typing import Any, TypeVar
 
 import grpc
 
+from libs.common.errors import ProtocolViolation
 from libs.common.tasks import background
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
+FIRST_MESSAGE_SECONDS = 10.0
+"""How long a client may take to say what its session is to be like."""
+
 LAST_WRITE_SECONDS = 1.0
 """How long a message that is being written when the stream ends may still take."""
+
+
+async def first_message(requests: AsyncIterator[Request]) -> Request | None:
+    """What a session begins with; None when the client ended it at once.
+
+    Raises ProtocolViolation when nothing comes.
+    """
+    try:
+        async with asyncio.timeout(FIRST_MESSAGE_SECONDS):
+            return await anext(aiter(requests), None)
+    except TimeoutError:
+        raise ProtocolViolation(f"nothing came within {FIRST_MESSAGE_SECONDS:g} s") from None
 
 
 async def serve_duplex(

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from libs.common.duplex import serve_duplex
+from libs.common.duplex import first_message, serve_duplex
 from libs.common.errors import ModelNotFound, NoLiveInstance
 from libs.worker.core import wire
 from libs.worker.host import EngineHost
@@ -47,7 +47,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Gives commands to the host and sends what the session has ready."""
         if self._host.is_draining:
             raise NoLiveInstance("the worker is draining")
-        first = await anext(aiter(request_iterator), None)
+        first = await first_message(request_iterator)
         if first is None:
             return
         news = asyncio.Event()

@@ -114,7 +114,7 @@ class Fleet:
         addresses = {item.instance_id: item for item in self._instances.values()}
         for instance_id, card in listed.items():
             instance = addresses.get(instance_id)
-            if instance is None or card.role not in _ROLES:
+            if instance is None or card.role not in _ROLES or not card.kv_block_size_tokens:
                 continue
             member = self.members.get(instance_id)
             if member is None:

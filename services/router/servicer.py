@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from libs.common import grpc_errors, hashing
-from libs.common.duplex import serve_duplex
+from libs.common.duplex import first_message, serve_duplex
 from libs.common.errors import (
     InternalError,
     InvalidRequest,
@@ -66,7 +66,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
         """Gives commands to a relay and sends what it has ready."""
-        first = await anext(aiter(request_iterator), None)
+        first = await first_message(request_iterator)
         if first is None:
             return
         news = asyncio.Event()
@@ -102,8 +102,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     continue
                 if message.routed:
                     routed = message.routed[-1]
-                for failure in message.failures:
-                    raise grpc_errors.from_message(failure.error)
                 for response in _responses(message):
                     if routed is not None:
                         response.routed.CopyFrom(routed)
@@ -111,6 +109,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     yield response
                     if response.finish_reason:
                         return
+                for failure in message.failures:
+                    raise grpc_errors.from_message(failure.error)
                 consumed += 1
                 relay.command(router_pb2.SessionRequest(consumed_responses=consumed))
         finally:
