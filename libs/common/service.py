@@ -70,7 +70,7 @@ def _spare_the_garbage_collector() -> None:
     the process for tens of milliseconds each time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GARBAGE_THRESHOLD_OBJECTS, 20, 50)
+    gc.set_threshold(GARBAGE_THRESHOLD_OBJECTS, 10, 10)
 
 
 async def until_idle(is_idle: Callable[[], bool], limit_seconds: float) -> None:

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from libs.common import grpc_errors, logs
 from libs.common.discovery import Table
 from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearError, WorkerLost
+from libs.common.gathering import Gathering
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from switchgear.common.v1 import generation_pb2, outputs_pb2
@@ -340,8 +341,10 @@ class _RouterSession:
         # When the stream breaks the reader hears of it too, and tells.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await call.write(router_pb2.SessionRequest(window_responses=self._window_responses))
+            gathering = Gathering()
             while True:
                 await self._to_send.wait()
+                await gathering.before_sending()
                 self._to_send.clear()
                 submits = self._take_submits()
                 cancels, self._cancels = self._cancels, []
@@ -353,6 +356,7 @@ class _RouterSession:
                         cancels=cancels,
                     )
                 )
+                gathering.sent()
 
     def _take_submits(self) -> list[router_pb2.Submit]:
         """What goes into the next message: all, unless they are many long prompts."""

@@ -11,6 +11,7 @@ from prometheus_client import Gauge
 
 from libs.common import logs
 from libs.common.discovery import Discovery, Table
+from libs.common.gathering import Gathering
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
@@ -56,9 +57,11 @@ class OverlapClient:
 
     async def run(self) -> None:
         """Answers until cancelled."""
+        gathering = Gathering()
         try:
             while True:
                 await self._news.wait()
+                await gathering.before_sending()
                 batch = self._waiting[:MAX_QUERIES_A_CALL]
                 del self._waiting[:MAX_QUERIES_A_CALL]
                 if not batch:
@@ -68,6 +71,7 @@ class OverlapClient:
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if not future.done():
                         future.set_result(answer)
+                gathering.sent()
         finally:
             for channel in self._channels.values():
                 await channel.close()
