@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,30 +18,27 @@ log = logs.get(__name__)
 MAX_MESSAGE_BYTES = 64 << 20
 """A prompt of a million tokens is some 4 MB; nothing sane is larger than this."""
 
-_SERVER_OPTIONS: list[tuple[str, int]] = [
+_BOTH_ENDS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Two processes must not share a port by accident.
-    ("grpc.so_reuseport", 0),
     # Pings find peers whose host is gone; sessions are otherwise silent when idle.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # What ends the connection to a process that is stopped: its kernel still takes our bytes.
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
+_SERVER_OPTIONS: list[tuple[str, int]] = [
+    *_BOTH_ENDS,
+    # Two processes must not share a port by accident.
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    # What ends the connection to a process that is stopped: its kernel still takes our bytes.
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *_BOTH_ENDS,
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -49,12 +46,6 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
-
-
-class Health(Protocol):
-    """Whether this process takes work, for load balancers and people."""
-
-    async def set_serving(self, is_serving: bool) -> None: ...
 
 
 class GrpcServer:

@@ -18,6 +18,7 @@ from services.router.core.decision import Overlaps
 from services.router.core.workers import InstanceId
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+from switchgear.router.v1 import router_pb2
 
 log = logs.get(__name__)
 
@@ -123,6 +124,15 @@ class OverlapClient:
                 log.warning("no KV indexer answers: routing by load alone")
             else:
                 log.info("KV indexer answers: routing by overlap again")
+
+
+def query_of(routing: router_pb2.RoutingRequest) -> kv_indexer_pb2.OverlapQuery:
+    """What to ask about a request."""
+    return kv_indexer_pb2.OverlapQuery(
+        model=routing.model,
+        block_size_tokens=routing.block_size_tokens,
+        sequence_hashes=routing.sequence_hashes,
+    )
 
 
 def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> list[Overlaps]:

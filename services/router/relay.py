@@ -19,6 +19,7 @@ import grpc
 from prometheus_client import Counter
 
 from libs.common import grpc_errors, logs
+from libs.common.credit import Credit
 from libs.common.errors import (
     DeadlineExceeded,
     InternalError,
@@ -32,10 +33,9 @@ from services.router.config import RouterSettings
 from services.router.core.decision import Candidate, Decision, Overlaps, Prompt, Request, decide
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 from services.router.fleet import Fleet
-from services.router.overlap_client import OverlapClient
+from services.router.overlap_client import OverlapClient, query_of
 from services.router.worker_link import Handle, WorkerLink
 from switchgear.common.v1 import generation_pb2
-from switchgear.kv_indexer.v1 import kv_indexer_pb2
 from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2
 
@@ -124,17 +124,13 @@ class Relay:
         window_responses: int,
     ) -> None:
         """`wake` is called whenever there may be something to take."""
-        if window_responses < 1:
-            raise ProtocolViolation(f"window_responses must be at least 1, got {window_responses}")
+        self._credit = Credit(window_responses)
         self._fleet = fleet
         self._overlaps = overlaps
         self._settings = settings
         self._policy = settings.policy
         self._random = random
         self._wake = wake
-        self._window = window_responses
-        self._sent = 0
-        self._consumed = 0
         self._requests: dict[Handle, _Request] = {}
         self._links: dict[InstanceId, WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,12 +148,7 @@ class Relay:
 
     def command(self, request: router_pb2.SessionRequest) -> None:
         """Takes one message in. Raises ProtocolViolation."""
-        if not self._consumed <= request.consumed_responses <= self._sent:
-            raise ProtocolViolation(
-                f"consumed_responses must be between {self._consumed} and {self._sent}, "
-                f"got {request.consumed_responses}"
-            )
-        self._consumed = request.consumed_responses
+        self._credit.consumed(request.consumed_responses)
         self._wake()
         self.cancel(request.cancels)
         if request.submits:
@@ -187,11 +178,11 @@ class Relay:
     def take(self) -> router_pb2.SessionResponse | None:
         """The next message to send, with everything there is; None when there is nothing, or no
         credit."""
-        if not self._is_dirty or self._sent - self._consumed >= self._window:
+        if not self._is_dirty or self._credit.is_exhausted:
             return None
         response, self._pending = self._pending, router_pb2.SessionResponse()
         self._is_dirty = False
-        self._sent += 1
+        self._credit.sent()
         for link in self._pending_links:
             link.consumed(1)
         self._pending_links.clear()
@@ -221,15 +212,7 @@ class Relay:
 
     async def _find_overlaps(self, requests: Sequence[_Request]) -> None:
         found = await self._overlaps.find(
-            [
-                kv_indexer_pb2.OverlapQuery(
-                    model=request.routing.model,
-                    block_size_tokens=request.routing.block_size_tokens,
-                    sequence_hashes=request.routing.sequence_hashes,
-                )
-                for request in requests
-                if request.routing.sequence_hashes
-            ]
+            [query_of(request.routing) for request in requests if request.routing.sequence_hashes]
         )
         answers = iter(found)
         for request in requests:
@@ -397,7 +380,7 @@ class Relay:
     def _prefilled(self, prefilled: worker_pb2.Prefilled) -> None:
         request = self._requests.get(prefilled.handle)
         if request is None or not request.is_prefilling:
-            return  # Cancelled or timed out meanwhile; the worker frees the KV with its lease.
+            return  # Cancelled or timed out meanwhile: the cancellation on its way frees the KV.
         self._stop_prefill_timer(request)
         request.link = None
         request.kv_session = prefilled.kv_session

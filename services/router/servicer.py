@@ -22,10 +22,9 @@ from services.router.config import RouterSettings
 from services.router.core.decision import Candidate, Request, decide
 from services.router.core.workers import InstanceId
 from services.router.fleet import Fleet
-from services.router.overlap_client import OverlapClient
+from services.router.overlap_client import OverlapClient, query_of
 from services.router.relay import Relay, no_worker
 from switchgear.common.v1 import generation_pb2, outputs_pb2
-from switchgear.kv_indexer.v1 import kv_indexer_pb2
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -150,15 +149,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.SelectWorkerResponse:
         """The decision as it would be now, with everyone's terms."""
         routing = request.routing
-        [overlaps] = await self._overlaps.find(
-            [
-                kv_indexer_pb2.OverlapQuery(
-                    model=routing.model,
-                    block_size_tokens=routing.block_size_tokens,
-                    sequence_hashes=routing.sequence_hashes,
-                )
-            ]
-        )
+        [overlaps] = await self._overlaps.find([query_of(routing)])
         decision = decide(
             Request(
                 model=routing.model,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from libs.common import grpc_errors
+from libs.common.credit import Credit
 from libs.common.errors import ProtocolViolation, SwitchgearError
 from libs.engine.interface import EngineLoad, Finish, Prefilled, RequestKey, Start
 from libs.worker.core import wire
@@ -24,8 +25,7 @@ class Session:
 
     def __init__(self, wake: Callable[[], None], window_responses: int) -> None:
         """`wake` is called whenever there may be something to take."""
-        if window_responses < 1:
-            raise ProtocolViolation(f"window_responses must be at least 1, got {window_responses}")
+        self._credit = Credit(window_responses)
         self.keys: dict[Handle, RequestKey] = {}
         """Live requests."""
         self.kept: dict[Handle, RequestKey] = {}
@@ -33,9 +33,6 @@ class Session:
         their end."""
         self.taken_sequence_number = 0
         self._wake = wake
-        self._window = window_responses
-        self._sent = 0
-        self._consumed = 0
         self._load_sent: EngineLoad | None = None
         self._clear()
 
@@ -55,13 +52,8 @@ class Session:
             raise ProtocolViolation(
                 f"sequence_number must be {self.taken_sequence_number + 1}, got {sequence_number}"
             )
-        if not self._consumed <= consumed_responses <= self._sent:
-            raise ProtocolViolation(
-                f"consumed_responses must be between {self._consumed} and {self._sent}, "
-                f"got {consumed_responses}"
-            )
+        self._credit.consumed(consumed_responses)
         self.taken_sequence_number = sequence_number
-        self._consumed = consumed_responses
         self._wake()
 
     def started(self, handle: Handle, start: Start) -> None:
@@ -131,7 +123,7 @@ class Session:
     def take(self, read_load: Callable[[], EngineLoad]) -> worker_pb2.SessionResponse | None:
         """The next message to send, with everything there is; None when there is nothing, or no
         credit."""
-        if not self._is_dirty or self._sent - self._consumed >= self._window:
+        if not self._is_dirty or self._credit.is_exhausted:
             return None
         load = read_load()
         response = worker_pb2.SessionResponse(
@@ -151,6 +143,6 @@ class Session:
             response.outputs = outputs.SerializeToString()
             response.finished_handles.extend(finish.handle for finish in self._finishes)
         self._clear()
-        self._sent += 1
+        self._credit.sent()
         self._load_sent = load
         return response

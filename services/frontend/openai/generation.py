@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from libs.common import logs
 from libs.common.errors import SwitchgearError
+from libs.common.tasks import background
 from services.frontend.completion import Completion, running
 from services.frontend.openai.errors import api_error_of, internal_error
 from services.frontend.openai.exchange import exchange_of
@@ -181,14 +182,10 @@ async def _until_client_leaves(receive: Receive) -> AsyncIterator[None]:
         has_left = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if has_left and task.uncancel() == 0:
-            raise ClientLeft from None
-        raise
-    finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
+    async with background(watch()):
+        try:
+            yield
+        except asyncio.CancelledError:
+            if has_left and task.uncancel() == 0:
+                raise ClientLeft from None
+            raise
