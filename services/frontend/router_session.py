@@ -21,6 +21,7 @@ from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearErro
 from libs.common.gathering import Gathering
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
+from services.frontend.rounds import Rounds
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2
@@ -309,18 +310,16 @@ class _RouterSession:
         self._is_connected = True
         self._on_connection()
         log.info("router session started", router=self._router.name)
+        responses = Rounds[router_pb2.SessionResponse]()
         try:
-            async with background(self._write(call)):
-                async for response in call:
-                    self._deliver(response)
-                    self._consumed_responses += 1
+            async with background(self._write(call)), background(_read(call, responses)):
+                async for arrived in responses.each():
+                    for response in arrived:
+                        self._deliver(response)
+                    self._consumed_responses += len(arrived)
                     due = self._acknowledged_responses + self._window_responses // 4
                     if self._consumed_responses > due:
                         self._to_send.set()
-        except asyncio.CancelledError:
-            # Either the call was cancelled, because it is of no more use, or we were.
-            if not call.done() or (task := asyncio.current_task()) is None or task.cancelling():
-                raise
         finally:
             call.cancel()
             self._call = None
@@ -405,3 +404,15 @@ class _RouterSession:
         for finish in outputs.finishes:
             if (inbox := inboxes.pop(finish.handle, None)) is not None:
                 inbox.finish(finish)
+
+
+async def _read(call: _Call, responses: Rounds[router_pb2.SessionResponse]) -> None:
+    error = None
+    try:
+        async for response in call:
+            responses.put(response)
+    except (grpc.aio.AioRpcError, DecodeError) as failure:
+        error = failure
+    finally:
+        # When the call is cancelled, because it is of no more use, it ends as well.
+        responses.end(error)
