@@ -9,11 +9,16 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import Gauge
 
 from libs.common import grpc_errors, logs
 from libs.common.errors import SwitchgearError
 
 log = logs.get(__name__)
+
+CALLS = Gauge(
+    "switchgear_grpc_calls", "Calls in progress, sessions among them, by full method.", ["method"]
+)
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A prompt of a million tokens is some 4 MB; nothing sane is larger than this."""
@@ -110,7 +115,10 @@ async def serving(
 
 
 class _TypedErrors(grpc.aio.ServerInterceptor):
-    """Turns a SwitchgearError into its status, and any other exception into a logged INTERNAL."""
+    """Turns a SwitchgearError into its status, and any other exception into a logged INTERNAL.
+
+    Counts the calls in progress, too.
+    """
 
     async def intercept_service(
         self,
@@ -123,14 +131,16 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
+        in_progress = CALLS.labels(method)
         if handler.unary_unary:
             inner = handler.unary_unary
 
             async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                try:
-                    return await inner(request, context)
-                except Exception as error:
-                    await _abort(context, method, error)
+                with in_progress.track_inprogress():
+                    try:
+                        return await inner(request, context)
+                    except Exception as error:
+                        await _abort(context, method, error)
 
             return grpc.unary_unary_rpc_method_handler(
                 unary, handler.request_deserializer, handler.response_serializer
@@ -139,15 +149,16 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
             inner_stream = handler.unary_stream or handler.stream_stream
 
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-                try:
-                    result = inner_stream(request, context)
-                    if hasattr(result, "__aiter__"):
-                        async for response in result:
-                            await context.write(response)
-                    else:
-                        await result
-                except Exception as error:
-                    await _abort(context, method, error)
+                with in_progress.track_inprogress():
+                    try:
+                        result = inner_stream(request, context)
+                        if hasattr(result, "__aiter__"):
+                            async for response in result:
+                                await context.write(response)
+                        else:
+                            await result
+                    except Exception as error:
+                        await _abort(context, method, error)
 
             make = (
                 grpc.unary_stream_rpc_method_handler

@@ -1,16 +1,23 @@
-"""Prometheus metrics over HTTP, for services that have no HTTP server of their own."""
+"""Prometheus metrics over HTTP, for services that have no HTTP server of their own; and those that
+every service has."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import start_http_server
+from prometheus_client import Gauge, start_http_server
+
+ASYNCIO_TASKS = Gauge("switchgear_asyncio_tasks", "Tasks of the event loop that have not ended.")
 
 
 @contextmanager
 def serving_metrics(host: str, port: int) -> Iterator[int]:
-    """Serves /metrics from a thread while the body runs; gives the port."""
+    """Serves /metrics from a thread while the body runs in an event loop; gives the port."""
+    loop = asyncio.get_running_loop()
+    # Counted when somebody asks, from the metrics server's thread: `all_tasks` is made for that.
+    ASYNCIO_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
     server, thread = start_http_server(port, addr=host)
     try:
         yield server.server_port

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import grpc
+from prometheus_client import Gauge
 
 from libs.common import grpc_errors, hashing
 from libs.common.duplex import first_message, serve_duplex
@@ -29,6 +30,10 @@ from switchgear.router.v1 import router_pb2, router_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+BUSY_SESSIONS = Gauge(
+    "switchgear_router_busy_sessions", "Frontends' sessions and plain calls with requests in them"
+)
+
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Thin handlers; relays do the work."""
@@ -41,11 +46,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._relays: set[Relay] = set()
         self.closing = asyncio.Event()
         """Set to end all sessions; their frontends then go elsewhere."""
+        BUSY_SESSIONS.set_function(lambda: self._busy_sessions)
+
+    @property
+    def _busy_sessions(self) -> int:
+        # A copy: metrics are read from a thread of their own.
+        return sum(not relay.is_idle for relay in list(self._relays))
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is on its way."""
-        return all(relay.is_idle for relay in self._relays)
+        return not self._busy_sessions
 
     def _open(self, news: asyncio.Event, window_responses: int) -> Relay:
         if self.closing.is_set():
