@@ -1,0 +1,1 @@
+"""Many requests of all kinds, and what is left of them afterwards."""

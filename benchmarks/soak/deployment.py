@@ -1,0 +1,27 @@
+"""What is soaked: every kind of service, two of what there may be two of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.local.topology import Deployment
+
+CLIENTS = 64
+_STEP_MS = 4.0
+_KV_TOKENS = 65_536
+"""Little, so that all caches and indexes are full long before the end of the warm-up."""
+
+
+def make_deployment(model: Path, http_port: int) -> Deployment:
+    kv = ("--sim-kv-tokens", str(_KV_TOKENS))
+    return Deployment(
+        engine="sim",
+        model=model,
+        model_name="soaked-model",
+        prefill=1,
+        decode=2,
+        routers=2,
+        http_port=http_port,
+        sim_step_ms=_STEP_MS,
+        flags={"prefill_worker": kv, "decode_worker": kv},
+    )
