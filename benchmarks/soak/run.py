@@ -41,6 +41,7 @@ async def soak(
 ) -> Soak:
     """`report` is told each sample under load. Raises NotQuiet."""
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    commit, machine = environment.commit(), environment.machine()
     watch = Watch(cluster)
     samples: list[Sample] = []
     async with loading(cluster, deployment, clients=clients, seed=seed) as load:
@@ -60,9 +61,9 @@ async def soak(
         end = await _quiet(watch, load, idle)
     return Soak(
         started_at=started_at,
-        commit=environment.commit(),
-        machine=f"{environment.machine().cpu}, {environment.machine().cores} cores, "
-        f"{platform.system()}, Python {platform.python_version()}",
+        commit=commit,
+        machine=f"{machine.cpu}, {machine.cores} cores, {machine.system}, "
+        f"Python {platform.python_version()}",
         clients=clients,
         warm_up_requests=warm_up_requests,
         requests=requests,
