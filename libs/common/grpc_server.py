@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -140,7 +141,7 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
                     try:
                         return await inner(request, context)
                     except Exception as error:
-                        await _abort(context, method, error)
+                        await end_with(context, method, error)
 
             return grpc.unary_unary_rpc_method_handler(
                 unary, handler.request_deserializer, handler.response_serializer
@@ -158,7 +159,7 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
                         else:
                             await result
                     except Exception as error:
-                        await _abort(context, method, error)
+                        await end_with(context, method, error)
 
             make = (
                 grpc.unary_stream_rpc_method_handler
@@ -169,11 +170,17 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         return handler
 
 
-async def _abort(
+async def end_with(
     context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception
 ) -> None:
+    """Ends a call with the status that stands for the error. Always raises, as grpc wants it."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, SwitchgearError):
         log.error("call failed", method=method, exc_info=error)
-    await context.abort_with_status(grpc_errors.to_status(error))
+    try:
+        await context.abort_with_status(grpc_errors.to_status(error))
+    except grpc.aio.InternalError:
+        # The client has gone, or its deadline has passed, and nobody is there to tell. grpc would
+        # log that as an error of ours.
+        raise asyncio.CancelledError from None

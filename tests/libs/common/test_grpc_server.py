@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
 
-from libs.common.grpc_server import CHANNEL_OPTIONS, serving
+from libs.common.errors import DeadlineExceeded
+from libs.common.grpc_server import CHANNEL_OPTIONS, end_with, serving
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
 BRISK_OPTIONS = [
@@ -73,3 +75,16 @@ async def test_a_peer_that_takes_bytes_and_answers_none_is_given_up() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+class Gone:
+    """The context of a call that has ended on the client's side, before the event loop heard it."""
+
+    async def abort_with_status(self, status: grpc.Status) -> None:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+async def test_an_error_that_nobody_is_there_to_hear_ends_the_call_quietly() -> None:
+    context: Any = Gone()
+    with pytest.raises(asyncio.CancelledError):
+        await end_with(context, "/service/Method", DeadlineExceeded("the deadline passed"))
