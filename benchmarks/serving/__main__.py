@@ -1,4 +1,4 @@
-"""Switchgear and Dynamo side by side: `python -m benchmarks.serving --help`."""
+"""Switchgear and others side by side: `python -m benchmarks.serving --help`."""
 
 import asyncio
 import dataclasses
@@ -40,6 +40,10 @@ def run(
     scenario: Annotated[
         list[str] | None, typer.Option(help="Only those with this in their name; repeatable.")
     ] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only these of {', '.join(systems.START)}; repeatable."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each scenario and system.")] = 3,
     seconds: Annotated[int, typer.Option(min=2, help="Length of a run.")] = 8,
     step_ms: Annotated[float, typer.Option(min=0.1, help="Length of a decode step.")] = 6.0,
@@ -53,17 +57,20 @@ def run(
         for one in (scenarios.QUICK if quick else scenarios.FULL)
         if not scenario or any(part in one.name for part in scenario)
     ]
+    names = system or list(systems.START)
+    if unknown := [name for name in names if name not in systems.START]:
+        raise typer.BadParameter(f"no system {unknown[0]!r}, only: {', '.join(systems.START)}")
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     versions, commit = environment.versions(), environment.commit()
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="switchgear-bench-") as folder, ExitStack() as running:
         model = systems.make_model_folder(Path(folder) / "model", print)
-        both = []
-        for name, start in systems.START.items():
+        started = []
+        for name in names:
             print(f"starting {name}")
-            cluster = running.enter_context(LocalCluster(Path(folder) / name))
-            both.append(start(cluster, model, step_ms=step_ms))
-        checks, idle_cpu_cores, runs = asyncio.run(_measure(both, chosen, rounds, seconds))
+            cluster = running.enter_context(LocalCluster(Path(folder) / name.replace(" ", "-")))
+            started.append(systems.START[name](cluster, model, step_ms=step_ms))
+        checks, idle_cpu_cores, runs = asyncio.run(_measure(started, chosen, rounds, seconds))
     benchmark = Benchmark(
         started_at=started_at,
         commit=commit,
@@ -104,22 +111,23 @@ def write_report(kept: Annotated[Path, typer.Argument(help="Results as JSON.")])
 
 
 async def _measure(
-    both: Sequence[System], chosen: Sequence[Scenario], rounds: int, seconds: float
+    running: Sequence[System], chosen: Sequence[Scenario], rounds: int, seconds: float
 ) -> tuple[dict[str, dict[str, Check]], dict[str, float], list[Run]]:
     idle_cpu_cores = {
-        system.name: await measure.idle_cpu_cores(system, seconds=_IDLE_SECONDS) for system in both
+        system.name: await measure.idle_cpu_cores(system, seconds=_IDLE_SECONDS)
+        for system in running
     }
-    checks: dict[str, dict[str, Check]] = {system.name: {} for system in both}
+    checks: dict[str, dict[str, Check]] = {system.name: {} for system in running}
     runs: list[Run] = []
     for scenario in chosen:
-        for system in both:
+        for system in running:
             if scenario.is_streamed:
                 checks[system.name][scenario.name] = await measure.check(system, scenario)
             await measure.run(system, scenario, seconds=_WARM_UP_SECONDS, round_number=0)
             await measure.settle(system)
         for number in range(1, rounds + 1):
             # Who goes first changes, too.
-            for system in both if number % 2 else both[::-1]:
+            for system in running if number % 2 else running[::-1]:
                 one = await measure.run(
                     system, scenario, seconds=seconds * scenario.run_length, round_number=number
                 )
@@ -130,7 +138,7 @@ async def _measure(
 
 
 def _line(run: Run) -> str:
-    line = f"{run.scenario:<26} {run.system:<10} {run.requests_per_second:9,.1f} req/s"
+    line = f"{run.scenario:<26} {run.system:<17} {run.requests_per_second:9,.1f} req/s"
     line += f" {run.tokens_per_second:9,.0f} tok/s"
     if run.is_streamed:
         line += f"  TTFT {1e3 * report.ttft_seconds(run, 50):7.1f} ms"

@@ -26,7 +26,8 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "grpcio": metadata.version("grpcio"),
-        "ai-dynamo": _dynamo(),
+        "ai-dynamo": _installed(".venv-dynamo", "ai_dynamo"),
+        "smg": _installed(".venv-smg", "smg"),
         "wrk": load.version().removeprefix("wrk ").split(" ")[0],
     }
 
@@ -50,6 +51,6 @@ def _cpu() -> str:
     return platform.machine()
 
 
-def _dynamo() -> str:
-    found = list((REPOSITORY / ".venv-dynamo").glob("lib/*/site-packages/ai_dynamo-*.dist-info"))
-    return found[0].name.removeprefix("ai_dynamo-").removesuffix(".dist-info") if found else "none"
+def _installed(environment: str, package: str) -> str:
+    found = list((REPOSITORY / environment).glob(f"lib/*/site-packages/{package}-*.dist-info"))
+    return found[0].name.removeprefix(f"{package}-").removesuffix(".dist-info") if found else "none"

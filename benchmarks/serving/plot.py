@@ -9,13 +9,15 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.serving.report import OURS, THEIRS, median, ttft_seconds
+from benchmarks.serving.report import median, ttft_seconds
 from benchmarks.serving.results import Benchmark, Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-_COLOURS = {OURS: "#1f6f8b", THEIRS: "#c9a227"}
+_COLOURS = ("#1f6f8b", "#c9a227", "#8b5a1f", "#7a3b69")
+_SPREAD = 0.6
+"""Of a scenario's points, where the next one's begin at 1."""
 _PANELS: tuple[tuple[str, Callable[[Run], float]], ...] = (
     ("tokens/s", lambda run: run.tokens_per_second),
     ("TTFT p50, ms", lambda run: 1e3 * ttft_seconds(run, 50)),
@@ -29,17 +31,18 @@ def draw(benchmark: Benchmark, picture: Path) -> None:
     names = [scenario.name for scenario in benchmark.scenarios]
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 9), layout="constrained")
     for axis, (title, value) in zip(axes.flat, _PANELS, strict=True):
-        for offset, system in ((-0.15, OURS), (0.15, THEIRS)):
+        for number, system in enumerate(benchmark.systems):
+            offset = _SPREAD * ((number + 0.5) / len(benchmark.systems) - 0.5)
             for place, name in enumerate(names):
                 runs = benchmark.runs_of(system, name)
                 values = [value(run) for run in runs]
                 middle = median(runs, value)
                 if isnan(middle):
                     continue
-                colour = _COLOURS[system]
+                colour = _COLOURS[number % len(_COLOURS)]
                 label = system if place == 0 else None
                 axis.plot([place + offset] * len(values), values, ".", color=colour, alpha=0.5)
-                axis.plot(place + offset, middle, "_", color=colour, ms=24, mew=4, label=label)
+                axis.plot(place + offset, middle, "_", color=colour, ms=16, mew=4, label=label)
                 axis.annotate(
                     f"{middle:,.3g}" if middle < 1_000 else f"{middle:,.0f}",
                     (place + offset, middle),

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.serving.results import Benchmark, Run, ScenarioRecord
 
-OURS, THEIRS = "switchgear", "dynamo"
+OURS = "switchgear"
 
 
 def markdown(benchmark: Benchmark, *, picture_name: str, differences: str) -> str:
     """The whole report. The picture is a file beside it; `differences` goes last, as it is."""
     parts = [_heading(benchmark)]
-    parts.append(f"![Switchgear and Dynamo under the same load]({picture_name})\n")
+    parts.append(f"![All systems under the same load]({picture_name})\n")
     parts.append(_comparison(benchmark))
     parts.append(_cpu_by_role(benchmark))
     parts.append(_ceiling(benchmark))
@@ -61,11 +61,11 @@ def _heading(benchmark: Benchmark) -> str:
     others = [run.other_cpu_seconds / run.window_seconds for run in benchmark.runs]
     other = f"{statistics.median(others):.2f} cores (median; at most {max(others):.2f})"
     return f"""\
-# Switchgear and NVIDIA Dynamo under the same load
+# {" and ".join(benchmark.systems)} under the same load
 
 {benchmark.started_at}, commit {benchmark.commit}. {machine.cpu}, {machine.cores} cores, \
 {machine.memory_bytes / 1e9:.0f} GB, {machine.system}. {versions}.
-Medians of {benchmark.rounds} alternating runs of {benchmark.seconds_per_run:g} s. Both systems \
+Medians of {benchmark.rounds} alternating runs of {benchmark.seconds_per_run:g} s. All systems \
 stay up; idle they take ({idle}) cores. All else on the machine took {other}.
 """
 
@@ -73,24 +73,23 @@ stay up; idle they take ({idle}) cores. All else on the machine took {other}.
 def _comparison(benchmark: Benchmark) -> str:
     rows = []
     for scenario in benchmark.scenarios:
-        ours = benchmark.runs_of(OURS, scenario.name)
-        theirs = benchmark.runs_of(THEIRS, scenario.name)
-        if not ours or not theirs:
-            continue
-        for name, runs in ((OURS, ours), (THEIRS, theirs)):
+        measured = {name: benchmark.runs_of(name, scenario.name) for name in benchmark.systems}
+        for number, (name, runs) in enumerate(measured.items()):
             cells = [_cell(pattern, median(runs, value)) for _, value, pattern in _COLUMNS]
-            rows.append([scenario.name if name == OURS else "", name, *cells])
-        ratios = [
-            _cell("**{:.2f}**", _ratio(median(ours, value), median(theirs, value)))
-            for _, value, _ in _COLUMNS
-        ]
-        rows.append(["", "ratio of medians", *ratios])
+            rows.append(["" if number else scenario.name, name, *cells])
+        ours = measured.pop(OURS, [])
+        for name, theirs in measured.items():
+            ratios = [
+                _cell("**{:.2f}**", _ratio(median(ours, value), median(theirs, value)))
+                for _, value, _ in _COLUMNS
+            ]
+            rows.append(["", f"{OURS} / {name}", *ratios])
     return _table(["", "", *(name for name, _, _ in _COLUMNS)], rows)
 
 
 def _cpu_by_role(benchmark: Benchmark) -> str:
     text = "## CPU seconds for 1,000 streamed tokens, by process\n"
-    for name in (OURS, THEIRS):
+    for name in benchmark.systems:
         all_runs = [run for run in benchmark.runs if run.system == name and run.is_streamed]
         roles = sorted({role for run in all_runs for role in run.cpu_seconds})
         rows = []
@@ -180,7 +179,7 @@ def _failures(benchmark: Benchmark) -> str:
         if run.failures
     ]
     if not rows:
-        return "## Failed requests\n\nNone, in any run of either system.\n"
+        return "## Failed requests\n\nNone, in any run of any system.\n"
     header = ["", "", "round", "status 400 or more", "socket errors", "timeouts", "probes"]
     return f"## Failed requests\n\n{_table(header, rows)}"
 

@@ -118,5 +118,10 @@ class Benchmark(_Record):
     ceilings: list[Ceiling]
     runs: list[Run]
 
+    @property
+    def systems(self) -> list[str]:
+        """Those that were measured, in the order in which they were started."""
+        return list(dict.fromkeys(run.system for run in self.runs))
+
     def runs_of(self, system: str, scenario: str) -> list[Run]:
         return [run for run in self.runs if (run.system, run.scenario) == (system, scenario)]

@@ -1,10 +1,12 @@
-"""The two systems as processes of this machine, with the same model name, folder and limits."""
+"""The systems as processes of this machine, with the same model name, folder and limits."""
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deploy.local import default_model, topology
@@ -22,6 +24,7 @@ CHUNK_TOKENS = 2_048
 RUNNING_REQUESTS = 256
 _CONTEXT_LENGTH_TOKENS = 131_072
 DYNAMO_PYTHON = REPOSITORY / ".venv-dynamo" / "bin" / "python"
+SMG = REPOSITORY / ".venv-smg" / "bin" / "smg"
 _MODEL_NAME = "bench-model"
 _READY_TIMEOUT_SECONDS = 120.0
 
@@ -65,15 +68,20 @@ def start_switchgear(cluster: LocalCluster, model: Path, *, step_ms: float) -> S
         },
     )
     return _started(
-        "switchgear",
+        SWITCHGEAR,
         cluster,
         topology.processes(deployment, cluster.run_dir, take_port),
         deployment,
     )
 
 
-def start_dynamo(cluster: LocalCluster, model: Path, *, step_ms: float) -> System:
-    """Its frontend with KV routing and its mocker, with etcd and NATS. Returns when it serves."""
+def start_dynamo(
+    cluster: LocalCluster, model: Path, *, step_ms: float, is_quiet: bool = True
+) -> System:
+    """Its frontend with KV routing and its mocker, with etcd and NATS. Returns when it serves.
+
+    Quiet it logs errors only; otherwise what it logs as shipped.
+    """
     if not DYNAMO_PYTHON.is_file():
         raise ClusterError("no .venv-dynamo here; use make bench")
     take_port = FreePorts().take
@@ -84,12 +92,11 @@ def start_dynamo(cluster: LocalCluster, model: Path, *, step_ms: float) -> Syste
     nats = topology.nats_server(take_port)
     http_port = take_port()
     deployment = Deployment(engine="sim", model=model, model_name=_MODEL_NAME, http_port=http_port)
-    return _started(
-        "dynamo",
-        cluster,
-        [etcd, nats, *dynamo_processes(deployment, etcd, nats, engine_arguments, cluster.run_dir)],
-        deployment,
+    processes = dynamo_processes(
+        deployment, etcd, nats, engine_arguments, cluster.run_dir, is_quiet=is_quiet
     )
+    name = DYNAMO if is_quiet else DYNAMO_AS_SHIPPED
+    return _started(name, cluster, [etcd, nats, *processes], deployment)
 
 
 def mocker_arguments(step_ms: float) -> dict[str, object]:
@@ -114,12 +121,14 @@ def dynamo_processes(
     nats: ProcessSpec,
     engine_arguments: Path,
     run_dir: Path,
+    *,
+    is_quiet: bool = True,
 ) -> list[ProcessSpec]:
     """Without the servers. Planes are Dynamo's defaults, but for events, which go over NATS."""
     environment = {
         "ETCD_ENDPOINTS": etcd.address,
         "NATS_SERVER": nats.address,
-        "DYN_LOG": "error",
+        **({"DYN_LOG": "error"} if is_quiet else {}),
         "HF_HUB_OFFLINE": "1",
         "HOME": str(run_dir),  # It keeps copies of tokenizers there.
     }
@@ -151,10 +160,69 @@ def dynamo_processes(
     ]
 
 
+def start_smg(cluster: LocalCluster, model: Path, *, step_ms: float) -> System:
+    """The gateway with its default policy, which routes by the text that workers have seen, before
+    four plain HTTP backends. Returns when it serves.
+
+    It asks its workers once, too soon, and again after half a minute.
+    """
+    if not SMG.is_file():
+        raise ClusterError("no .venv-smg here; use make bench")
+    take_port = FreePorts().take
+    http_port = take_port()
+    deployment = Deployment(engine="sim", model=model, model_name=_MODEL_NAME, http_port=http_port)
+    return _started(SMG_NAME, cluster, smg_processes(deployment, step_ms, take_port), deployment)
+
+
+def smg_processes(
+    deployment: Deployment, step_ms: float, take_port: Callable[[], int]
+) -> list[ProcessSpec]:
+    """The backends and the gateway."""
+    backends = [
+        _backend(number, take_port(), deployment.model_name, step_ms) for number in range(WORKERS)
+    ]
+    command = [str(SMG), "launch", "--host", HOST, "--port", str(deployment.http_port)]
+    command += ["--worker-urls", *(backend.address for backend in backends)]
+    command += ["--prometheus-host", HOST, "--prometheus-port", str(take_port())]
+    command += ["--log-level", "error"]
+    url = topology.http_url(deployment)
+    models = Probe(kind="http", target=f"{url}/v1/models", contains=deployment.model_name)
+    gateway = ProcessSpec(
+        name="gateway-0",
+        command=tuple(command),
+        environment={"PYTHONPATH": ""},  # Its environment has none of our packages.
+        ports={"http": deployment.http_port},
+        address=url,
+        probes=(models,),
+        stage=topology.FRONTENDS_STAGE,
+    )
+    return [*backends, gateway]
+
+
+def _backend(number: int, port: int, model_name: str, step_ms: float) -> ProcessSpec:
+    url = f"http://{HOST}:{port}"
+    command = [sys.executable, "-m", "benchmarks.serving.backend", "--port", str(port)]
+    command += ["--model", model_name, "--step-ms", str(step_ms)]
+    return ProcessSpec(
+        name=f"backend-{number}",
+        command=tuple(command),
+        environment={"PYTHONPATH": str(REPOSITORY)},
+        ports={"http": port},
+        address=url,
+        probes=(Probe(kind="http", target=f"{url}/health"),),
+        stage=topology.WORKERS_STAGE,
+    )
+
+
+SWITCHGEAR, DYNAMO, DYNAMO_AS_SHIPPED, SMG_NAME = "switchgear", "dynamo", "dynamo as shipped", "smg"
+
 START: dict[str, Callable[..., System]] = {
-    "switchgear": start_switchgear,
-    "dynamo": start_dynamo,
+    SWITCHGEAR: start_switchgear,
+    DYNAMO: start_dynamo,
+    DYNAMO_AS_SHIPPED: partial(start_dynamo, is_quiet=False),
+    SMG_NAME: start_smg,
 }
+"""By the name that a system has in results."""
 
 
 def make_model_folder(folder: Path, report: Callable[[str], None]) -> Path:

@@ -17,8 +17,15 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_ratio_is_ours_to_theirs() -> None:
-    [ratios] = [row for row in rows(page(answers=50)) if row[1] == "ratio of medians"]
+    [ratios] = [row for row in rows(page(answers=50)) if row[1] == "switchgear / dynamo"]
     assert ratios[2] == "**2.00**"
+
+
+def test_each_other_system_has_a_ratio() -> None:
+    runs = [samples.run(), samples.run(system="a", answers=50), samples.run(system="b")]
+    text = report.markdown(samples.benchmark(*runs), picture_name="p.png", differences="")
+    ratios = {row[1]: row[2] for row in rows(text) if row[1].startswith("switchgear / ")}
+    assert ratios == {"switchgear / a": "**2.00**", "switchgear / b": "**1.00**"}
 
 
 def test_a_median_is_taken_over_the_runs() -> None:
