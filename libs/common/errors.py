@@ -104,6 +104,16 @@ class DeadlineExceeded(SwitchgearError):
     )
 
 
+class KvBatchesGone(SwitchgearError):
+    """A worker no longer has the KV event batches that a reader missed: a snapshot will do."""
+
+    code, http, reason = (
+        StatusCode.OUT_OF_RANGE,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "KV_BATCHES_GONE",
+    )
+
+
 class ProtocolViolation(SwitchgearError):
     """A peer service broke the session protocol. Ends the session, not the process."""
 
@@ -126,6 +136,7 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         WorkerLost,
         TransferFailed,
         DeadlineExceeded,
+        KvBatchesGone,
         ProtocolViolation,
     )
 }

@@ -1,7 +1,8 @@
-"""Tells KV indexers what the engine's cache holds: batches over NATS, snapshots on request.
+"""Tells KV indexers what the engine's cache holds: batches over NATS, and on request once more, or
+all of it as a snapshot.
 
-NATS may be away or slow. Then batches are dropped, never kept: their numbers go on, so readers
-notice when it is back and take a snapshot.
+NATS may be away or slow. Then batches are not kept for it: their numbers go on, so readers notice
+when it is back, and ask for what they missed or for a snapshot.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import nats.errors
 from nats.aio.client import Client
 from prometheus_client import Counter
 
+from libs.common.errors import InvalidRequest, KvBatchesGone
 from libs.common.kv_events import (
     BlocksRemoved,
     BlocksStored,
@@ -27,6 +29,7 @@ from libs.common.kv_events import (
 )
 from libs.engine.interface import EngineKvEvent
 from libs.worker.core.kv_ledger import KvLedger
+from libs.worker.core.recent_batches import RecentBatches
 from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.worker.v1 import worker_pb2
 
@@ -42,6 +45,13 @@ MAX_UNSENT_BYTES = 8 << 20
 """How much the NATS client may hold that the network did not take yet."""
 
 SNAPSHOT_MESSAGE_BLOCKS = 65_536
+
+RECENT_BYTES = 8 << 20
+"""Batches kept for readers that missed some: a million blocks or so. Those who lack more than that
+are better off with a snapshot."""
+
+RECENT_MESSAGE_BYTES = 1 << 20
+"""A message of batches goes once it has that much."""
 
 _batches = Counter(
     "switchgear_worker_kv_batches", "KV event batches and heartbeats, sent or dropped.", ["outcome"]
@@ -72,7 +82,8 @@ class KvPublisher:
         self._block_size_tokens = block_size_tokens
         self._ledger = KvLedger(block_size_tokens, epoch=time.time_ns())
         self._has_changes = asyncio.Event()
-        self._outbox: deque[KvBatch] = deque(maxlen=OUTBOX_BATCHES)
+        self._outbox: deque[bytes] = deque(maxlen=OUTBOX_BATCHES)
+        self._recent = RecentBatches(RECENT_BYTES)
 
     def cached_blocks(self) -> int:
         """Blocks that a request of the same prefix could reuse."""
@@ -103,6 +114,26 @@ class KvPublisher:
                 ),
             )
 
+    def batches(
+        self, epoch: int, first: int, last: int
+    ) -> Iterator[worker_pb2.GetKvBatchesResponse]:
+        """Batches `first` to `last` again. Raises KvBatchesGone unless all of them are here."""
+        if not 1 <= first <= last:
+            raise InvalidRequest(f"batches {first} to {last} are no range")
+        found = self._recent.between(first, last) if epoch == self._ledger.epoch else None
+        if found is None:
+            raise KvBatchesGone(f"not all of batches {first} to {last} of epoch {epoch} are here")
+        message = worker_pb2.GetKvBatchesResponse()
+        size_bytes = 0
+        for batch in found:
+            message.batches.append(batch)
+            size_bytes += len(batch)
+            if size_bytes >= RECENT_MESSAGE_BYTES:
+                yield message
+                message, size_bytes = worker_pb2.GetKvBatchesResponse(), 0
+        if message.batches:
+            yield message
+
     async def run(self) -> None:
         """Publishes for ever; a heartbeat when there was nothing else for a second."""
         while True:
@@ -112,7 +143,7 @@ class KvPublisher:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._has_changes.wait()
             except TimeoutError:
-                self._outbox.append(self._ledger.heartbeat())
+                self._outbox.append(self._serialised(self._ledger.heartbeat()))
             self._has_changes.clear()
             self._cut()
             while self._outbox:
@@ -124,22 +155,27 @@ class KvPublisher:
                     self._outbox.clear()
 
     def _cut(self) -> None:
-        self._outbox.extend(self._ledger.cut())
+        for batch in self._ledger.cut():
+            data = self._serialised(batch)
+            self._recent.append(data)
+            self._outbox.append(data)
 
-    async def _publish(self, batch: KvBatch) -> bool:
-        if not self._nats.is_connected or self._nats.pending_data_size > MAX_UNSENT_BYTES:
-            return False
-        message = kv_events_pb2.KvEventBatch(
+    def _serialised(self, batch: KvBatch) -> bytes:
+        return kv_events_pb2.KvEventBatch(
             instance_id=self._instance_id,
             model=self._model,
             block_size_tokens=self._block_size_tokens,
             epoch=batch.epoch,
             sequence_number=batch.sequence_number,
             events=map(_to_message, batch.events),
-        )
+        ).SerializeToString()
+
+    async def _publish(self, batch: bytes) -> bool:
+        if not self._nats.is_connected or self._nats.pending_data_size > MAX_UNSENT_BYTES:
+            return False
         try:
             async with asyncio.timeout(PUBLISH_SECONDS):
-                await self._nats.publish(self._subject, message.SerializeToString())
+                await self._nats.publish(self._subject, batch)
         except (nats.errors.Error, OSError, TimeoutError):
             return False
         return True

@@ -84,7 +84,9 @@ async def serve_worker(
             )
             host.publish_to(publisher.take)
             WorkerCollector(engine, publisher.cached_blocks).register(REGISTRY)
-            servicer = WorkerServicer(host, files, publisher.snapshot, publisher.cached_blocks)
+            servicer = WorkerServicer(
+                host, files, publisher.snapshot, publisher.batches, publisher.cached_blocks
+            )
 
             def add_services(server: grpc.aio.Server) -> None:
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)

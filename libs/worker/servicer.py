@@ -1,4 +1,4 @@
-"""WorkerService over an EngineHost: sessions, model files, KV snapshots, status."""
+"""WorkerService over an EngineHost: sessions, model files, KV snapshots and batches, status."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         host: EngineHost,
         files: Mapping[str, bytes],
         snapshot: Callable[[], Iterator[worker_pb2.GetKvSnapshotResponse]],
+        batches: Callable[[int, int, int], Iterator[worker_pb2.GetKvBatchesResponse]],
         cached_blocks: Callable[[], int],
     ) -> None:
         self._host = host
         self._files = files
         self._snapshot = snapshot
+        self._batches = batches
         self._cached_blocks = cached_blocks
         self.closing = asyncio.Event()
         """Set to end all sessions; their clients then go elsewhere."""
@@ -98,6 +100,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.GetKvSnapshotResponse]:
         """Copies the moment's state at once, then sends it piece by piece."""
         for piece in self._snapshot():
+            yield piece
+
+    async def GetKvBatches(
+        self, request: worker_pb2.GetKvBatchesRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.GetKvBatchesResponse]:
+        """Finds all of them at once, or refuses, then sends them piece by piece."""
+        for piece in self._batches(
+            request.epoch, request.first_sequence_number, request.last_sequence_number
+        ):
             yield piece
 
     async def GetStatus(

@@ -17,12 +17,13 @@ class KvIndexerSettings(KvEventSettings):
     """Blocks in the index, each counted once for every worker that holds it; 150 bytes or so of
     memory each. Beyond it no more are taken in, and the workers concerned are degraded."""
 
-    snapshots_at_once: int = Field(default=8, ge=1, le=1_000)
-    """How many workers are asked for a snapshot at the same time. More makes a restarted index
-    whole sooner; fewer keeps answers quick meanwhile."""
+    recoveries_at_once: int = Field(default=8, ge=1, le=1_000)
+    """How many workers are asked at the same time for what the index lacks. More makes a restarted
+    index whole sooner; fewer keeps answers quick meanwhile."""
 
-    snapshot_timeout_seconds: float = Field(default=5.0, gt=0)
-    """How long a worker may take to send a whole snapshot before it is asked again."""
+    recovery_timeout_seconds: float = Field(default=5.0, gt=0)
+    """How long a worker may take to send missed batches, or a whole snapshot, before it is asked
+    again."""
 
     silent_after_seconds: float = Field(default=5.0, gt=1)
     """A worker not heard of for this long, heartbeats included, is degraded: its blocks may have

@@ -1,18 +1,24 @@
-"""Follows all live workers: joins discovery, KV events and snapshots around the index."""
+"""Follows all live workers: joins discovery, KV events and recoveries around the index."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from libs.common import logs
-from libs.common.errors import SwitchgearError
-from libs.common.kv_events import InstanceId, KvSnapshot
+from libs.common.errors import KvBatchesGone, SwitchgearError
+from libs.common.kv_events import InstanceId, KvBatch, KvSnapshot
 from services.kv_indexer import metrics
-from services.kv_indexer.core.follower import FOLLOWER_DEGRADED_REASONS, Follower
+from services.kv_indexer.core.follower import (
+    FOLLOWER_DEGRADED_REASONS,
+    BatchRange,
+    Follower,
+    RecoveryReason,
+)
 from services.kv_indexer.core.index import BlockIndex
 from services.kv_indexer.events import from_message
 from services.kv_indexer.snapshots import Worker
@@ -31,6 +37,9 @@ DEGRADED_REASONS = (*FOLLOWER_DEGRADED_REASONS, EVENTS_DISCONNECTED, SILENT)
 FetchSnapshot = Callable[[Worker], Awaitable[KvSnapshot]]
 """Raises SwitchgearError."""
 
+FetchBatches = Callable[[Worker, BatchRange], Awaitable[Sequence[KvBatch]]]
+"""Raises SwitchgearError; KvBatchesGone when only a snapshot will do."""
+
 
 @dataclass(slots=True)
 class _Followed:
@@ -41,8 +50,11 @@ class _Followed:
     heard_at: float
     """Of `time.monotonic`: when its last batch or heartbeat came, or when it was discovered."""
     is_queued: bool = False
-    """Whether it waits for a snapshot, or for the time to ask again."""
+    """Whether it waits for a recovery, or for the time to ask again."""
     retry_seconds: float = FIRST_RETRY_SECONDS
+    degraded_reason: str = ""
+    degraded_at: float = 0.0
+    """Of `time.monotonic`: since when it has been degraded, if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,7 @@ class FollowedStatus:
     worker: Worker
     epoch: int
     applied: int
+    missing_batches: int
     held_blocks: int
     degraded_reason: str
     """Empty when its blocks follow the worker."""
@@ -63,10 +76,13 @@ class Indexer:
 
     index: BlockIndex
     fetch_snapshot: FetchSnapshot
+    fetch_batches: FetchBatches
     are_events_connected: Callable[[], bool]
     silent_after_seconds: float
-    snapshots_at_once: int
+    recoveries_at_once: int
     _followed: dict[InstanceId, _Followed] = field(default_factory=dict, init=False)
+    _degraded: dict[str, list[InstanceId]] | None = field(default=None, init=False)
+    """Degraded workers by reason; None when it has to be put together anew."""
     _wanting: asyncio.Queue[_Followed] = field(default_factory=asyncio.Queue, init=False)
     """Each worker once at most."""
 
@@ -79,12 +95,13 @@ class Indexer:
         ]
         for instance in gone:
             del self._followed[instance]
+            self._degraded = None
             self.index.remove(instance)
             log.info("worker left", instance=f"{instance:016x}")
         if gone:
             for followed in self._followed.values():
                 followed.follower.room_was_made()
-                self._ask_if_wanted(followed)
+                self._changed(followed)
         for instance, worker in workers.items():
             if instance not in self._followed:
                 self.index.add(instance, worker.model, worker.block_size_tokens)
@@ -93,7 +110,7 @@ class Indexer:
                 )
                 self._followed[instance] = followed
                 log.info("worker discovered", instance=f"{instance:016x}", model=worker.model)
-                self._ask_if_wanted(followed)
+                self._changed(followed)
 
     def take(self, message: kv_events_pb2.KvEventBatch) -> None:
         """Takes one worker's KV events. A worker that is not discovered yet is not followed: its
@@ -108,59 +125,89 @@ class Indexer:
         followed.heard_at = time.monotonic()
         followed.follower.take_batch(from_message(message))
         metrics.batches.inc()
-        self._ask_if_wanted(followed)
+        self._changed(followed)
+
+    def degraded_reasons(self) -> Mapping[str, Sequence[InstanceId]]:
+        """Why answers may be wrong just now, and which workers it is about; none named means all.
+        Cheap enough for every answer."""
+        if not self.are_events_connected():
+            return {EVENTS_DISCONNECTED: ()}
+        if self._degraded is None:
+            self._degraded = {}
+            for instance, followed in self._followed.items():
+                if followed.degraded_reason:
+                    self._degraded.setdefault(followed.degraded_reason, []).append(instance)
+        return self._degraded
 
     def statuses(self) -> Iterator[FollowedStatus]:
         """Every live worker, in no order."""
         is_connected = self.are_events_connected()
-        now = time.monotonic()
         for instance, followed in self._followed.items():
-            if not is_connected:
-                reason = EVENTS_DISCONNECTED
-            elif not (reason := followed.follower.degraded_reason):
-                is_silent = now - followed.heard_at > self.silent_after_seconds
-                reason = SILENT if is_silent else ""
             yield FollowedStatus(
                 followed.worker,
                 followed.follower.epoch,
                 followed.follower.applied,
+                followed.follower.missing_batches,
                 self.index.held_blocks(instance),
-                reason,
+                followed.degraded_reason if is_connected else EVENTS_DISCONNECTED,
             )
 
     async def run(self) -> None:
-        """Asks for the snapshots that are wanted, and reports to Prometheus. Never returns."""
+        """Recovers what is wanted, and reports to Prometheus. Never returns."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(self.snapshots_at_once):
-                tasks.create_task(self._take_snapshots())
+            for _ in range(self.recoveries_at_once):
+                tasks.create_task(self._recover_wanting())
             tasks.create_task(self._report())
+
+    def _changed(self, followed: _Followed) -> None:
+        self._ask_if_wanted(followed)
+        self._note_degraded(followed, followed.follower.degraded_reason)
+
+    def _note_degraded(self, followed: _Followed, reason: str) -> None:
+        if reason == followed.degraded_reason:
+            return
+        if not followed.degraded_reason:
+            followed.degraded_at = time.monotonic()
+        followed.degraded_reason = reason
+        self._degraded = None
 
     def _ask_if_wanted(self, followed: _Followed) -> None:
         if not followed.is_queued and followed.follower.wanted is not None:
             followed.is_queued = True
             self._wanting.put_nowait(followed)
 
-    async def _take_snapshots(self) -> None:
+    async def _recover_wanting(self) -> None:
         while True:
             followed = await self._wanting.get()
             reason = followed.follower.wanted
             if reason is None or not self._is_current(followed):
                 followed.is_queued = False
                 continue
-            worker = followed.worker
-            try:
-                snapshot = await self.fetch_snapshot(worker)
-            except SwitchgearError as error:
-                metrics.snapshots.labels(reason.value, "failed").inc()
-                log.warning("no snapshot", instance=f"{worker.instance:016x}", error=str(error))
-            else:
-                metrics.snapshots.labels(reason.value, "taken").inc()
-                if self._is_current(followed):
-                    followed.follower.take_snapshot(snapshot)
+            if not await self._recover_by_batches(followed, reason):
+                await self._recover_by_snapshot(followed, reason)
             self._ask_again_later(followed)
 
+    async def _recover_by_batches(self, followed: _Followed, reason: RecoveryReason) -> bool:
+        """Asks for what is missing. False when that did not bring the index forward."""
+        missing, applied = followed.follower.missing, followed.follower.applied
+        if missing is None:
+            return False
+        with _counted("batches", reason, followed.worker):
+            for batch in await self.fetch_batches(followed.worker, missing):
+                if self._is_current(followed):
+                    followed.follower.take_batch(batch)
+                    self._changed(followed)
+        return followed.follower.applied > applied or followed.follower.wanted is None
+
+    async def _recover_by_snapshot(self, followed: _Followed, reason: RecoveryReason) -> None:
+        with _counted("snapshot", reason, followed.worker):
+            snapshot = await self.fetch_snapshot(followed.worker)
+            if self._is_current(followed):
+                followed.follower.take_snapshot(snapshot)
+                self._changed(followed)
+
     def _ask_again_later(self, followed: _Followed) -> None:
-        """The next snapshot of a worker waits a little, and longer each time while still in need
+        """The next recovery of a worker waits a little, and longer each time while still in need
         of one, so that no worker is asked all the time."""
         if followed.follower.wanted is None:
             followed.retry_seconds = FIRST_RETRY_SECONDS
@@ -177,10 +224,46 @@ class Indexer:
 
     async def _report(self) -> None:
         while True:
+            now = time.monotonic()
+            for followed in self._followed.values():
+                if not followed.degraded_reason and (
+                    now - followed.heard_at > self.silent_after_seconds
+                ):
+                    self._note_degraded(followed, SILENT)
             statuses = list(self.statuses())
             metrics.blocks.set(self.index.blocks)
             metrics.workers.set(len(statuses))
             reasons = Counter(status.degraded_reason for status in statuses)
             for reason in DEGRADED_REASONS:
                 metrics.degraded.labels(reason).set(reasons[reason])
+            metrics.lag_batches.set(sum(status.missing_batches for status in statuses))
+            metrics.lag_seconds.set(
+                max(
+                    (
+                        now - followed.degraded_at
+                        for followed in self._followed.values()
+                        if followed.degraded_reason
+                    ),
+                    default=0.0,
+                )
+            )
             await asyncio.sleep(REPORT_SECONDS)
+
+
+@contextmanager
+def _counted(kind: str, reason: RecoveryReason, worker: Worker) -> Iterator[None]:
+    """Counts and times what is asked of a worker in the body. Its failure is logged and ends here:
+    the worker is asked again."""
+    started_at = time.monotonic()
+    try:
+        yield
+    except KvBatchesGone as error:
+        outcome = "gone"
+        log.info("missed batches are gone", instance=f"{worker.instance:016x}", error=str(error))
+    except SwitchgearError as error:
+        outcome = "failed"
+        log.warning("no recovery", kind=kind, instance=f"{worker.instance:016x}", error=str(error))
+    else:
+        outcome = "taken"
+        metrics.recovery_seconds.labels(kind).observe(time.monotonic() - started_at)
+    metrics.recoveries.labels(kind, reason.value, outcome).inc()

@@ -16,6 +16,7 @@ from libs.common.kv_events import InstanceId
 from libs.common.metrics import serving_metrics
 from libs.common.nats_client import connecting
 from libs.common.tasks import background
+from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
 from services.kv_indexer.core.index import BlockIndex
 from services.kv_indexer.events import receiving
@@ -42,11 +43,14 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
             indexer = Indexer(
                 index=BlockIndex(settings.max_blocks),
                 fetch_snapshot=partial(
-                    fetch_snapshot, timeout_seconds=settings.snapshot_timeout_seconds
+                    fetch_snapshot, timeout_seconds=settings.recovery_timeout_seconds
+                ),
+                fetch_batches=partial(
+                    fetch_batches, timeout_seconds=settings.recovery_timeout_seconds
                 ),
                 are_events_connected=lambda: nats.is_connected,
                 silent_after_seconds=settings.silent_after_seconds,
-                snapshots_at_once=settings.snapshots_at_once,
+                recoveries_at_once=settings.recoveries_at_once,
             )
             follow_discovery(indexer, instances, cards)
 

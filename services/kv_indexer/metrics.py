@@ -1,6 +1,6 @@
 """What Prometheus is told."""
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 blocks = Gauge(
     "switchgear_kv_indexer_blocks", "Blocks in the index, once for every worker that holds them."
@@ -19,9 +19,24 @@ foreign_batches = Counter(
     "switchgear_kv_indexer_foreign_batches",
     "Batches of workers that are not registered, or not with that model and block size.",
 )
-snapshots = Counter(
-    "switchgear_kv_indexer_snapshots",
-    "Snapshots asked for, by reason and by what came of it: taken or failed.",
-    ["reason", "outcome"],
+recoveries = Counter(
+    "switchgear_kv_indexer_recoveries",
+    "What workers were asked for, batches or snapshot, why, and what came of it: taken, gone or"
+    " failed.",
+    ["kind", "reason", "outcome"],
+)
+recovery_seconds = Histogram(
+    "switchgear_kv_indexer_recovery_seconds",
+    "From asking a worker for batches or a snapshot to their being in the index.",
+    ["kind"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+)
+lag_batches = Gauge(
+    "switchgear_kv_indexer_lag_batches",
+    "Batches heard of that the index does not include, over all workers.",
+)
+lag_seconds = Gauge(
+    "switchgear_kv_indexer_lag_seconds",
+    "For how long the worker that has been degraded longest has been so.",
 )
 queries = Counter("switchgear_kv_indexer_queries", "Prompts looked up.")

@@ -30,6 +30,8 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
         for query in request.queries:
             depths = overlap(query.model, query.block_size_tokens, query.sequence_hashes)
             response.overlaps.add(instance_ids=depths.keys(), blocks=depths.values())
+        for reason, instances in self._indexer.degraded_reasons().items():
+            response.degraded_reasons.add(reason=reason, instance_ids=instances)
         metrics.queries.inc(len(request.queries))
         return response
 
@@ -46,6 +48,7 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
                     sequence_number=status.applied,
                     blocks=status.held_blocks,
                     degraded_reason=status.degraded_reason,
+                    missing_batches=status.missing_batches,
                 )
                 for status in self._indexer.statuses()
             ]

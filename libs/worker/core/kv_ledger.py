@@ -70,7 +70,7 @@ class KvLedger:
     def __init__(self, block_size_tokens: int, *, epoch: int) -> None:
         """The epoch must be larger than that of any ledger this worker kept before."""
         self._block_size_tokens = block_size_tokens
-        self._epoch = epoch
+        self.epoch = epoch
         self._sequence_number = 0
         self._blocks: dict[SequenceHash, _Block] = {}
         self._copies: dict[EngineHash, list[_Block]] = {}
@@ -122,23 +122,20 @@ class KvLedger:
 
     def heartbeat(self) -> KvBatch:
         """Repeats the number of the last batch."""
-        return KvBatch(self._epoch, self._sequence_number)
+        return KvBatch(self.epoch, self._sequence_number)
 
     def snapshot(self) -> KvSnapshot:
         """All published blocks, as of the last batch: nothing may have changed since the cut."""
         assert not self._changes, "cut first"
         assert not self._is_clear_pending, "cut first"
-        hashes = [
-            block.sequence_hash
-            for root in self._blocks.values()
-            if root.parent is None and root.is_published
-            for block in root.published_subtree()
-        ]
-        return KvSnapshot(self._epoch, self._sequence_number, hashes)
+        # A block comes into the tree after its parent, and leaves before it: in this order, too,
+        # no block comes before the one it follows.
+        hashes = [block.sequence_hash for block in self._blocks.values() if block.is_published]
+        return KvSnapshot(self.epoch, self._sequence_number, hashes)
 
     def _number(self, events: Sequence[KvEvent]) -> KvBatch:
         self._sequence_number += 1
-        return KvBatch(self._epoch, self._sequence_number, tuple(events))
+        return KvBatch(self.epoch, self._sequence_number, tuple(events))
 
     def _store(self, event: EngineBlocksStored) -> None:
         parent: _Block | None = None

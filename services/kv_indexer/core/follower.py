@@ -7,15 +7,17 @@ empty cache. The follower applies batches in that order. It knows two numbers:
     applied   the last batch that the index includes
     latest    the last batch it has heard of, from the batch itself or from a heartbeat
 
-and is in step when they are equal. While they are not, it wants a snapshot, and keeps batches that
-come meanwhile. A snapshot puts `applied` forward; so does a late batch that fills the gap, and then
-the snapshot is no longer wanted. Old epochs are ignored, a new one voids everything known, so the
-only worker whose state can't be told from its batches is one not heard of yet.
+and is in step when they are equal. While they are not, it wants a recovery, and keeps batches that
+come meanwhile. The missing batches put `applied` forward, whether they come late or are asked for;
+so does a snapshot, which is what remains when the worker has them no longer. Old epochs are
+ignored, a new one voids everything known, so the only worker whose state can't be told from its
+batches is one not heard of from the start.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
 
@@ -31,11 +33,20 @@ from libs.common.kv_events import (
 from services.kv_indexer.core.index import BlockIndex
 
 MAX_KEPT_BLOCKS = 262_144
-"""In batches that wait for a snapshot: 16 MiB or so for a worker, in the worst case."""
+"""In batches that wait for those before them: 16 MiB or so for a worker, in the worst case."""
 
 
-class SnapshotReason(StrEnum):
-    """Why a snapshot is wanted. Values are metric labels and degraded reasons."""
+@dataclass(frozen=True, slots=True)
+class BatchRange:
+    """Batches of one worker, first and last included."""
+
+    epoch: int
+    first: int
+    last: int
+
+
+class RecoveryReason(StrEnum):
+    """Why a recovery is wanted. Values are metric labels and degraded reasons."""
 
     DISCOVERED = "discovered"
     """Nothing was heard of the worker yet."""
@@ -51,7 +62,7 @@ class SnapshotReason(StrEnum):
 
 INDEX_FULL = "index_full"
 FOLLOWER_DEGRADED_REASONS = (
-    *(reason.value for reason in SnapshotReason if reason is not SnapshotReason.ROOM),
+    *(reason.value for reason in RecoveryReason if reason is not RecoveryReason.ROOM),
     INDEX_FULL,
 )
 
@@ -66,7 +77,7 @@ class Follower:
         """Of the worker; 0 while nothing is known of it."""
         self.applied = 0
         self._latest = 0
-        self._reason = SnapshotReason.DISCOVERED
+        self._reason = RecoveryReason.DISCOVERED
         self._kept: OrderedDict[int, KvBatch] = OrderedDict()
         """Batches after `applied` that can't be applied yet, by number, in order of arrival."""
         self._kept_blocks = 0
@@ -75,16 +86,32 @@ class Follower:
         self._may_have_room = False
 
     @property
-    def wanted(self) -> SnapshotReason | None:
-        """Why a snapshot is wanted; None while in step with the worker."""
+    def wanted(self) -> RecoveryReason | None:
+        """Why a recovery is wanted; None while in step with the worker."""
         if self.epoch == 0 or self.applied < self._latest:
             return self._reason
-        return SnapshotReason.ROOM if self.is_full and self._may_have_room else None
+        return RecoveryReason.ROOM if self.is_full and self._may_have_room else None
+
+    @property
+    def missing_batches(self) -> int:
+        """Batches heard of that the index does not include."""
+        return self._latest - self.applied
+
+    @property
+    def missing(self) -> BatchRange | None:
+        """Batches that would bring the follower in step, as far as it knows; None when it is, and
+        when the worker can hardly have them still, since it was not followed from its start."""
+        if self.applied == self._latest or self._reason is RecoveryReason.DISCOVERED:
+            return None
+        last = self._latest
+        while last in self._kept:
+            last -= 1
+        return BatchRange(self.epoch, self.applied + 1, last)
 
     @property
     def degraded_reason(self) -> str:
         """Why the worker's share may be wrong just now; empty when in step."""
-        if (wanted := self.wanted) is not None and wanted is not SnapshotReason.ROOM:
+        if (wanted := self.wanted) is not None and wanted is not RecoveryReason.ROOM:
             return wanted.value
         return INDEX_FULL if self.is_full else ""
 
@@ -93,10 +120,10 @@ class Follower:
         if batch.epoch < self.epoch:
             return
         if batch.epoch > self.epoch:
-            reason = SnapshotReason.NEW_EPOCH if self.epoch else SnapshotReason.DISCOVERED
+            reason = RecoveryReason.NEW_EPOCH if self.epoch else RecoveryReason.DISCOVERED
             self._start_epoch(batch.epoch)
         else:
-            reason = SnapshotReason.GAP if batch.events else SnapshotReason.HEARTBEAT
+            reason = RecoveryReason.GAP if batch.events else RecoveryReason.HEARTBEAT
         if self.applied == self._latest:
             self._reason = reason
         self._latest = max(self._latest, batch.sequence_number)

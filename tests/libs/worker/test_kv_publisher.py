@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from prometheus_client import REGISTRY
 
+from libs.common.errors import InvalidRequest, KvBatchesGone
 from libs.common.hashing import sequence_hashes
 from libs.common.kv_events import all_subjects, subject
 from libs.common.nats_client import connecting
@@ -18,6 +20,7 @@ from libs.engine.interface import EngineBlocksStored, EngineHash
 from libs.worker import kv_publisher
 from libs.worker.kv_publisher import KvPublisher
 from switchgear.kv_events.v1 import kv_events_pb2
+from switchgear.worker.v1 import worker_pb2
 from tests.fixtures.eventually import until
 from tests.fixtures.servers import ServerProcess
 
@@ -139,3 +142,45 @@ async def test_an_empty_cache_is_one_empty_piece() -> None:
     (only,) = publisher_on(Client()).snapshot()
     assert (only.instance_id, only.sequence_number) == (INSTANCE, 0)
     assert not only.blocks.sequence_hashes
+
+
+def numbered(publisher: KvPublisher, *tokens: int) -> worker_pb2.GetKvSnapshotResponse:
+    """Stores a block in a batch of its own; the snapshot numbers it."""
+    publisher.take([stored(*tokens)])
+    return next(publisher.snapshot())
+
+
+async def test_batches_can_be_had_again_as_they_were_published(nats_server: ServerProcess) -> None:
+    async with (
+        subscriber(nats_server.url) as batches,
+        connecting(nats_server.url, "worker") as nats,
+    ):
+        await until(lambda: nats.is_connected)
+        publisher = publisher_on(nats)
+        numbered(publisher, 1, 2)
+        numbered(publisher, 3, 4)
+        async with background(publisher.run()):
+            await until(lambda: len(batches) >= 2)
+    again = [data for piece in publisher.batches(batches[0].epoch, 1, 2) for data in piece.batches]
+    assert [kv_events_pb2.KvEventBatch.FromString(data) for data in again] == batches[:2]
+
+
+async def test_batches_of_another_epoch_or_not_numbered_yet_are_refused() -> None:
+    publisher = publisher_on(Client())
+    epoch = numbered(publisher, 1, 2).epoch
+    for of_epoch, first, last in ((epoch - 1, 1, 1), (epoch, 1, 2)):
+        with pytest.raises(KvBatchesGone):
+            list(publisher.batches(of_epoch, first, last))
+    for first, last in ((0, 1), (2, 1)):
+        with pytest.raises(InvalidRequest):
+            list(publisher.batches(epoch, first, last))
+
+
+async def test_many_batches_come_in_messages_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_publisher, "RECENT_MESSAGE_BYTES", 1)
+    publisher = publisher_on(Client())
+    for number in range(3):
+        epoch = numbered(publisher, number, number).epoch
+    assert [len(piece.batches) for piece in publisher.batches(epoch, 1, 3)] == [1, 1, 1]

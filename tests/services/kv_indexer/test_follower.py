@@ -14,7 +14,7 @@ from libs.common.kv_events import (
     KvSnapshot,
 )
 from services.kv_indexer.core import follower as follower_module
-from services.kv_indexer.core.follower import Follower, SnapshotReason
+from services.kv_indexer.core.follower import BatchRange, Follower, RecoveryReason
 from services.kv_indexer.core.index import BlockIndex
 
 WORKER, OTHER = 1, 2
@@ -51,13 +51,13 @@ class Followed:
     def held(self) -> set[int]:
         return set(self.index.held(WORKER))
 
-    def wanted(self) -> SnapshotReason | None:
+    def wanted(self) -> RecoveryReason | None:
         return self.follower.wanted
 
 
 def test_a_worker_not_heard_of_needs_a_snapshot() -> None:
     followed = Followed()
-    assert followed.wanted() is SnapshotReason.DISCOVERED
+    assert followed.wanted() is RecoveryReason.DISCOVERED
     followed.take(KvSnapshot(1, 7, [1, 2]))
     assert (followed.wanted(), followed.held()) == (None, {1, 2})
 
@@ -73,7 +73,7 @@ def test_a_worker_that_did_nothing_yet_needs_no_snapshot() -> None:
 
 def test_a_gap_needs_a_snapshot_and_what_was_known_stays_meanwhile() -> None:
     followed = Followed(stored(1, 1), stored(3, 3))
-    assert (followed.wanted(), followed.held()) == (SnapshotReason.GAP, {1})
+    assert (followed.wanted(), followed.held()) == (RecoveryReason.GAP, {1})
     followed.take(KvSnapshot(1, 2, [1, 2]))
     assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
 
@@ -88,16 +88,39 @@ def test_a_late_batch_that_fills_the_gap_makes_the_snapshot_unnecessary() -> Non
     assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
 
 
+def test_the_range_asked_for_is_all_that_did_not_come() -> None:
+    followed = Followed(stored(1, 1), stored(3, 3), stored(5, 5), stored(6, 6))
+    assert followed.follower.missing == BatchRange(epoch=1, first=2, last=4)
+    assert followed.follower.missing_batches == 5
+    followed.take(stored(2, 2), stored(3, 3), stored(4, 4))
+    assert (followed.follower.missing, followed.held()) == (None, {1, 2, 3, 4, 5, 6})
+
+
+def test_a_lost_last_batch_is_the_range_asked_for() -> None:
+    followed = Followed(stored(1, 1), heartbeat(2))
+    assert followed.follower.missing == BatchRange(epoch=1, first=2, last=2)
+
+
+def test_a_new_epoch_is_asked_for_from_its_first_batch_on() -> None:
+    followed = Followed(stored(1, 1), stored(3, 5, epoch=2))
+    assert followed.follower.missing == BatchRange(epoch=2, first=1, last=2)
+
+
+def test_a_worker_that_was_not_followed_from_its_start_is_not_asked_for_a_range() -> None:
+    assert Followed().follower.missing is None
+    assert Followed(stored(7, 1)).follower.missing is None
+
+
 def test_a_heartbeat_shows_that_the_last_batch_was_lost() -> None:
     followed = Followed(stored(1, 1), heartbeat(2))
-    assert followed.wanted() is SnapshotReason.HEARTBEAT
+    assert followed.wanted() is RecoveryReason.HEARTBEAT
     followed.take(KvSnapshot(1, 2, [1, 2]))
     assert (followed.wanted(), followed.held()) == (None, {1, 2})
 
 
 def test_a_snapshot_older_than_a_known_batch_leaves_it_wanted() -> None:
     followed = Followed(stored(1, 1), heartbeat(3), KvSnapshot(1, 2, [1, 2]))
-    assert (followed.wanted(), followed.held()) == (SnapshotReason.HEARTBEAT, {1, 2})
+    assert (followed.wanted(), followed.held()) == (RecoveryReason.HEARTBEAT, {1, 2})
 
 
 def test_a_snapshot_older_than_the_index_is_ignored() -> None:
@@ -112,7 +135,7 @@ def test_a_repeated_batch_changes_nothing() -> None:
 
 def test_a_new_epoch_voids_what_was_known_at_once() -> None:
     followed = Followed(stored(1, 1), stored(2, 5, epoch=2))
-    assert (followed.wanted(), followed.held()) == (SnapshotReason.NEW_EPOCH, set())
+    assert (followed.wanted(), followed.held()) == (RecoveryReason.NEW_EPOCH, set())
     followed.take(KvSnapshot(2, 1, [4]))
     assert (followed.wanted(), followed.held()) == (None, {4, 5})
 
@@ -145,7 +168,7 @@ def test_a_worker_without_room_is_degraded_until_room_was_made() -> None:
     assert (followed.wanted(), followed.held()) == (None, {1})
     assert followed.follower.degraded_reason == "index_full"
     followed.follower.room_was_made()
-    assert followed.wanted() is SnapshotReason.ROOM
+    assert followed.wanted() is RecoveryReason.ROOM
     followed.take(KvSnapshot(1, 2, [1, 2, 3]))
     assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
     assert not followed.follower.degraded_reason
@@ -158,6 +181,7 @@ class FakeWorker:
         self.epoch = 1
         self.number = 0
         self.held: dict[int, None] = {}
+        self.batches: list[KvBatch] = []
 
     def change(self, events: Iterable[KvEvent]) -> KvBatch:
         taken = list(events)
@@ -171,10 +195,18 @@ class FakeWorker:
                 case CacheCleared():
                     self.held.clear()
         self.number += bool(taken)
-        return KvBatch(self.epoch, self.number, taken)
+        batch = KvBatch(self.epoch, self.number, taken)
+        if taken:
+            self.batches.append(batch)
+        return batch
+
+    def between(self, wanted: BatchRange) -> list[KvBatch]:
+        """None of an epoch that is over."""
+        is_over = wanted.epoch != self.epoch
+        return [] if is_over else self.batches[wanted.first - 1 : wanted.last]
 
     def restart(self) -> None:
-        self.epoch, self.number, self.held = self.epoch + 1, 0, {}
+        self.epoch, self.number, self.held, self.batches = self.epoch + 1, 0, {}, []
 
     def snapshot(self) -> KvSnapshot:
         return KvSnapshot(self.epoch, self.number, list(self.held))
@@ -186,16 +218,16 @@ events = st.one_of(
 )
 steps = st.one_of(
     st.lists(events, max_size=3),
-    st.sampled_from(["restart", "snapshot", "quick snapshot"]),
+    st.sampled_from(["restart", "snapshot", "quick snapshot", "range"]),
     # Deliver a message that is on its way, the first one more often than not, and perhaps keep a
     # copy of it there; or lose one.
     st.tuples(st.sampled_from(["deliver", "repeat", "lose"]), st.sampled_from([0, 0, 0, 1, 2, 5])),
 )
 
 
-@given(st.lists(steps, max_size=60))
-def test_after_a_heartbeat_and_a_snapshot_the_index_equals_the_truth(
-    script: list[list[KvEvent] | str | tuple[str, int]],
+@given(st.lists(steps, max_size=60), st.booleans())
+def test_after_a_heartbeat_and_a_recovery_the_index_equals_the_truth(
+    script: list[list[KvEvent] | str | tuple[str, int]], has_batches: bool
 ) -> None:
     worker, followed = FakeWorker(), Followed()
     on_their_way: list[KvBatch | KvSnapshot] = []
@@ -205,6 +237,9 @@ def test_after_a_heartbeat_and_a_snapshot_the_index_equals_the_truth(
                 worker.restart()
             case "snapshot":
                 on_their_way.append(worker.snapshot())
+            case "range":
+                if (missing := followed.follower.missing) is not None:
+                    on_their_way.extend(worker.between(missing))
             case "quick snapshot":
                 followed.take(worker.snapshot())
             case (str(fate), int(position)):
@@ -217,6 +252,9 @@ def test_after_a_heartbeat_and_a_snapshot_the_index_equals_the_truth(
             case list(changes):
                 on_their_way.append(worker.change(changes))
     followed.take(worker.change([]))
+    if has_batches and (missing := followed.follower.missing) is not None:
+        followed.take(*worker.between(missing))
+        assert followed.wanted() is None
     if followed.wanted() is not None:
         followed.take(worker.snapshot())
     assert followed.wanted() is None

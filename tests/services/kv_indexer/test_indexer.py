@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import grpc
+import pytest
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nats.aio.client import Client
 
 from libs.common.discovery import Discovery
+from libs.common.errors import WorkerLost
 from libs.common.grpc_server import serving
 from libs.common.hashing import sequence_hashes
 from libs.common.kv_events import KvSnapshot
 from libs.common.nats_client import connecting
 from libs.common.tasks import background
 from libs.engine.interface import EngineBlocksRemoved, EngineBlocksStored, EngineHash
+from libs.worker import kv_publisher
 from libs.worker.kv_publisher import KvPublisher
+from services.kv_indexer import metrics
+from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
+from services.kv_indexer.core.follower import BatchRange
 from services.kv_indexer.core.index import BlockIndex
 from services.kv_indexer.events import receiving
 from services.kv_indexer.indexer import Indexer
@@ -44,6 +51,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.instance = instance
         self.address = ""
         self.snapshots = 0
+        self.ranges = 0
         self._nats = nats
         self.restart()
 
@@ -75,6 +83,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.GetKvSnapshotResponse]:
         self.snapshots += 1
         for piece in self.publisher.snapshot():
+            yield piece
+
+    async def GetKvBatches(
+        self, request: worker_pb2.GetKvBatchesRequest, context: object
+    ) -> AsyncIterator[worker_pb2.GetKvBatchesResponse]:
+        self.ranges += 1
+        for piece in self.publisher.batches(
+            request.epoch, request.first_sequence_number, request.last_sequence_number
+        ):
             yield piece
 
     @property
@@ -116,9 +133,10 @@ async def indexer_on(nats_url: str) -> AsyncIterator[tuple[Indexer, LossyReceive
         indexer = Indexer(
             index=BlockIndex(10_000),
             fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
+            fetch_batches=partial(fetch_batches, timeout_seconds=5),
             are_events_connected=lambda: nats.is_connected,
             silent_after_seconds=60,
-            snapshots_at_once=2,
+            recoveries_at_once=2,
         )
         receiver = LossyReceiver(indexer)
         async with background(indexer.run()), receiving(nats, NAMESPACE, receiver.take):
@@ -176,6 +194,81 @@ async def test_lost_events_are_noticed_even_when_nothing_follows(
         await until(lambda: any(batch.events for batch in receiver.lost))
         receiver.is_losing = False
         await in_step(indexer, worker)
+
+
+async def lose(receiver: LossyReceiver, change: Callable[[], None]) -> None:
+    """Makes a change whose batch the indexer never gets."""
+    lost = len(receiver.lost)
+    receiver.is_losing = True
+    change()
+    await until(lambda: any(batch.events for batch in receiver.lost[lost:]))
+    receiver.is_losing = False
+
+
+def recoveries(kind: str, outcome: str) -> float:
+    """Of any reason, so far in this process."""
+    (family,) = metrics.recoveries.collect()
+    return sum(
+        sample.value
+        for sample in family.samples
+        if sample.name.endswith("_total")
+        and (sample.labels["kind"], sample.labels["outcome"]) == (kind, outcome)
+    )
+
+
+async def test_missed_batches_are_asked_for_and_no_snapshot_is_taken(
+    nats_server: ServerProcess,
+) -> None:
+    async with (
+        fake_worker(1, nats_server.url) as worker,
+        background(worker.publisher.run()),
+        indexer_on(nats_server.url) as (indexer, receiver),
+    ):
+        indexer.set_workers({1: worker.as_discovered})
+        worker.store(1, 2)
+        await in_step(indexer, worker)
+        await until(lambda: receiver.has_received)
+        snapshots, taken = worker.snapshots, recoveries("batches", "taken")
+        await lose(receiver, lambda: worker.store(3, 4))
+        await lose(receiver, lambda: worker.remove(1, 2))
+        worker.store(5, 6)
+        await in_step(indexer, worker)
+        assert worker.snapshots == snapshots
+        assert worker.ranges == recoveries("batches", "taken") - taken > 0
+
+
+async def test_a_snapshot_is_taken_when_the_missed_batches_are_gone(
+    nats_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_publisher, "RECENT_BYTES", 0)
+    async with (
+        fake_worker(1, nats_server.url) as worker,
+        background(worker.publisher.run()),
+        indexer_on(nats_server.url) as (indexer, receiver),
+    ):
+        indexer.set_workers({1: worker.as_discovered})
+        worker.store(1, 2)
+        await in_step(indexer, worker)
+        await until(lambda: receiver.has_received)
+        gone, taken = recoveries("batches", "gone"), recoveries("snapshot", "taken")
+        await lose(receiver, lambda: worker.store(3, 4))
+        await in_step(indexer, worker)
+        assert recoveries("batches", "gone") > gone
+        assert recoveries("snapshot", "taken") > taken
+
+
+async def test_batches_that_are_not_the_ones_asked_for_are_refused(
+    nats_server: ServerProcess,
+) -> None:
+    async with fake_worker(1, nats_server.url) as worker:
+        worker.store(1, 2)
+        epoch = next(worker.publisher.snapshot()).epoch
+        wanted = BatchRange(epoch, 1, 1)
+        (batch,) = await fetch_batches(worker.as_discovered, wanted, timeout_seconds=5)
+        assert (batch.epoch, batch.sequence_number) == (epoch, 1)
+        somebody_else = replace(worker.as_discovered, instance=2)
+        with pytest.raises(WorkerLost):
+            await fetch_batches(somebody_else, wanted, timeout_seconds=5)
 
 
 async def test_a_worker_whose_engine_restarted_is_followed_anew(
@@ -276,9 +369,10 @@ async def test_few_workers_are_asked_at_once() -> None:
     indexer = Indexer(
         index=BlockIndex(100),
         fetch_snapshot=fetch,
+        fetch_batches=partial(fetch_batches, timeout_seconds=5),
         are_events_connected=lambda: True,
         silent_after_seconds=60,
-        snapshots_at_once=2,
+        recoveries_at_once=2,
     )
     indexer.set_workers({i: Worker(i, "", MODEL, BLOCK_SIZE_TOKENS) for i in range(1, 6)})
     async with background(indexer.run()):
@@ -321,9 +415,10 @@ def indexer_holding(**held: list[int]) -> Indexer:
     indexer = Indexer(
         index=index,
         fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
+        fetch_batches=partial(fetch_batches, timeout_seconds=5),
         are_events_connected=lambda: True,
         silent_after_seconds=60,
-        snapshots_at_once=1,
+        recoveries_at_once=1,
     )
     ids = {int(name[1:]): blocks for name, blocks in held.items()}
     indexer.set_workers({i: Worker(i, "", MODEL, BLOCK_SIZE_TOKENS) for i in ids})
@@ -364,6 +459,40 @@ async def test_the_status_names_workers_and_why_they_are_degraded() -> None:
         instance_id=1, model=MODEL, blocks=2, degraded_reason="discovered"
     )
     assert list(answer.workers) == [expected]
+
+
+async def test_every_answer_says_what_is_degraded_and_of_whom() -> None:
+    indexer = indexer_holding(w1=[1], w2=[1])
+    request = kv_indexer_pb2.FindOverlapRequest(queries=[query(1)])  # type: ignore[list-item]
+    async with stub_of(indexer) as stub:
+        answer = await stub.FindOverlap(request, timeout=5)
+        (degraded,) = answer.degraded_reasons
+        assert (degraded.reason, sorted(degraded.instance_ids)) == ("discovered", [1, 2])
+        for instance in (1, 2):
+            indexer.take(
+                kv_events_pb2.KvEventBatch(
+                    instance_id=instance, model=MODEL, block_size_tokens=BLOCK_SIZE_TOKENS, epoch=1
+                )
+            )
+        assert not (await stub.FindOverlap(request, timeout=5)).degraded_reasons
+        indexer.are_events_connected = lambda: False
+        (degraded,) = (await stub.FindOverlap(request, timeout=5)).degraded_reasons
+        assert (degraded.reason, list(degraded.instance_ids)) == ("events_disconnected", [])
+
+
+async def test_a_worker_that_fell_silent_is_degraded_until_it_speaks(
+    nats_server: ServerProcess,
+) -> None:
+    async with (
+        fake_worker(1, nats_server.url) as worker,
+        indexer_on(nats_server.url) as (indexer, _),
+    ):
+        indexer.silent_after_seconds = 0.01
+        indexer.set_workers({1: worker.as_discovered})
+        await until(lambda: indexer.degraded_reasons() == {"silent": [1]})
+        indexer.silent_after_seconds = 60
+        async with background(worker.publisher.run()):
+            await until(lambda: indexer.degraded_reasons() == {})
 
 
 async def test_the_service_follows_workers_from_registration_to_lost_lease(
