@@ -145,6 +145,15 @@ def restart(service: str, run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     console.print(f"{process.name} runs as {process.pid}")
 
 
+@app.command()
+def verify(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Compare the KV indexers with what the workers hold; fails when they differ."""
+    etcd = LocalCluster(run_dir).process("etcd").spec.address
+    flags = ["--etcd-url", etcd, "--namespace", topology.NAMESPACE]
+    command = [sys.executable, "-m", "services.kv_indexer", "verify", *flags]
+    os.execv(sys.executable, command)
+
+
 @app.command("model")
 def make_model() -> None:
     """Make the default model, if it is not there, and print its folder."""

@@ -66,6 +66,8 @@ class FollowedStatus:
     applied: int
     missing_batches: int
     held_blocks: int
+    is_full: bool
+    """Whether the index lacks some of its blocks for want of room."""
     degraded_reason: str
     """Empty when its blocks follow the worker."""
 
@@ -141,16 +143,12 @@ class Indexer:
 
     def statuses(self) -> Iterator[FollowedStatus]:
         """Every live worker, in no order."""
-        is_connected = self.are_events_connected()
-        for instance, followed in self._followed.items():
-            yield FollowedStatus(
-                followed.worker,
-                followed.follower.epoch,
-                followed.follower.applied,
-                followed.follower.missing_batches,
-                self.index.held_blocks(instance),
-                followed.degraded_reason if is_connected else EVENTS_DISCONNECTED,
-            )
+        return map(self._status, self._followed.values())
+
+    def status(self, instance: InstanceId) -> FollowedStatus | None:
+        """One worker; None when it is not followed."""
+        followed = self._followed.get(instance)
+        return None if followed is None else self._status(followed)
 
     async def run(self) -> None:
         """Recovers what is wanted, and reports to Prometheus. Never returns."""
@@ -158,6 +156,19 @@ class Indexer:
             for _ in range(self.recoveries_at_once):
                 tasks.create_task(self._recover_wanting())
             tasks.create_task(self._report())
+
+    def _status(self, followed: _Followed) -> FollowedStatus:
+        worker, follower = followed.worker, followed.follower
+        is_connected = self.are_events_connected()
+        return FollowedStatus(
+            worker=worker,
+            epoch=follower.epoch,
+            applied=follower.applied,
+            missing_batches=follower.missing_batches,
+            held_blocks=self.index.held_blocks(worker.instance),
+            is_full=follower.is_full,
+            degraded_reason=followed.degraded_reason if is_connected else EVENTS_DISCONNECTED,
+        )
 
     def _changed(self, followed: _Followed) -> None:
         self._ask_if_wanted(followed)
@@ -197,6 +208,8 @@ class Indexer:
                 if self._is_current(followed):
                     followed.follower.take_batch(batch)
                     self._changed(followed)
+                # They may be many: answers go between.
+                await asyncio.sleep(0)
         return followed.follower.applied > applied or followed.follower.wanted is None
 
     async def _recover_by_snapshot(self, followed: _Followed, reason: RecoveryReason) -> None:

@@ -8,6 +8,7 @@ import grpc
 
 from services.kv_indexer import metrics
 from services.kv_indexer.indexer import Indexer
+from services.kv_indexer.verification import Verifier
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 
 SERVICE_NAME = kv_indexer_pb2.DESCRIPTOR.services_by_name["KvIndexerService"].full_name
@@ -20,6 +21,7 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
 
     def __init__(self, indexer: Indexer) -> None:
         self._indexer = indexer
+        self._verifier = Verifier(indexer)
 
     async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: Context
@@ -52,4 +54,12 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
                 )
                 for status in self._indexer.statuses()
             ]
+        )
+
+    async def Verify(
+        self, request: kv_indexer_pb2.VerifyRequest, context: Context
+    ) -> kv_indexer_pb2.VerifyResponse:
+        """Answers for people and tests."""
+        return kv_indexer_pb2.VerifyResponse(
+            comparisons=await self._verifier.verify(request.instance_ids)
         )

@@ -1,0 +1,157 @@
+"""`python -m services.kv_indexer verify`: is the index right? A table, and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from libs.common.discovery import Discovery
+from libs.common.grpc_server import CHANNEL_OPTIONS
+from services.kv_indexer.config import KvIndexerSettings
+from switchgear.discovery.v1 import discovery_pb2
+from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+
+EQUAL, DIFFERENT, NOT_COMPARED = 0, 1, 2
+"""Exit statuses; the largest of all comparisons is the command's."""
+
+HEADINGS = (
+    *("indexer", "worker", "model", "equal", "only in index", "only at worker", "evicted"),
+    *("behind", ""),
+)
+_NUMBERS = range(3, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one indexer said."""
+
+    indexer: str
+    comparisons: Sequence[kv_indexer_pb2.Comparison]
+    failure: str = ""
+    """Why it said nothing."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status."""
+    settings = KvIndexerSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m services.kv_indexer verify",
+        description="Compares the blocks in each KV indexer with those at the workers. Exits with"
+        f" {EQUAL} when they are equal, {DIFFERENT} when they are not, {NOT_COMPARED} when it can't"
+        " be told. Blocks that the index evicted for want of room are no difference, nor are"
+        " batches that are just on their way.",
+    )
+    parser.add_argument("--etcd-url", default=settings.etcd_url)
+    parser.add_argument("--namespace", default=settings.namespace)
+    parser.add_argument("--timeout-seconds", type=float, default=30.0, help="for all of it")
+    arguments = parser.parse_args(argv)
+    try:
+        answers, names = asyncio.run(
+            _ask_all(arguments.etcd_url, arguments.namespace, arguments.timeout_seconds)
+        )
+    except TimeoutError:
+        print(f"etcd at {arguments.etcd_url} does not answer", file=sys.stderr)
+        return NOT_COMPARED
+    if not answers:
+        print(f"no KV indexer is registered in namespace {arguments.namespace}", file=sys.stderr)
+        return NOT_COMPARED
+    print(table(answers, names))
+    return max(map(verdict, answers))
+
+
+async def _ask_all(
+    etcd_url: str, namespace: str, timeout_seconds: float
+) -> tuple[list[Answer], dict[int, str]]:
+    """All indexers' answers, and the names of the instances. Raises TimeoutError without etcd."""
+    discovery = Discovery(etcd_url, namespace)
+    async with discovery.watching("instances/", discovery_pb2.Instance) as table:
+        async with asyncio.timeout(timeout_seconds):
+            await table.was_read.wait()
+        instances = list(table.values())
+    names = {instance.instance_id: instance.name for instance in instances}
+    indexers = sorted(
+        (instance.name, instance.address)
+        for instance in instances
+        if instance.role == discovery_pb2.ROLE_KV_INDEXER
+    )
+    asked = (ask(name, address, timeout_seconds) for name, address in indexers)
+    return list(await asyncio.gather(*asked)), names
+
+
+async def ask(name: str, address: str, timeout_seconds: float) -> Answer:
+    """One indexer's comparison with all of its workers."""
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        stub = kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
+        try:
+            response = await stub.Verify(kv_indexer_pb2.VerifyRequest(), timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            return Answer(name, (), f"{error.code().name} from {address}: {error.details()}")
+    return Answer(name, response.comparisons)
+
+
+def verdict(answer: Answer) -> int:
+    """EQUAL, DIFFERENT or NOT_COMPARED."""
+    if answer.failure:
+        return NOT_COMPARED
+    return max(map(_verdict_of, answer.comparisons), default=EQUAL)
+
+
+def _verdict_of(comparison: kv_indexer_pb2.Comparison) -> int:
+    if comparison.failure:
+        return NOT_COMPARED
+    if comparison.only_in_index_blocks or comparison.only_at_worker_blocks:
+        return DIFFERENT
+    return EQUAL
+
+
+def table(answers: Iterable[Answer], names: Mapping[int, str]) -> str:
+    """One line for each indexer and worker; blocks, and batches that the index is behind."""
+    rows: list[Sequence[str]] = [HEADINGS]
+    for answer in answers:
+        if answer.failure or not answer.comparisons:
+            rows.append((answer.indexer, *("-",) * 7, answer.failure or "follows no worker"))
+        for comparison in answer.comparisons:
+            instance = comparison.instance_id
+            rows.append(
+                (answer.indexer, names.get(instance) or f"{instance:016x}", *_cells(comparison))
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if position in _NUMBERS else cell.ljust(width)
+            for position, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _cells(comparison: kv_indexer_pb2.Comparison) -> tuple[str, ...]:
+    if comparison.failure:
+        return (comparison.model or "-", *("-",) * 5, comparison.failure)
+    behind = comparison.worker_sequence_number - comparison.index_sequence_number
+    return (
+        comparison.model,
+        str(comparison.equal_blocks),
+        str(comparison.only_in_index_blocks),
+        str(comparison.only_at_worker_blocks),
+        str(comparison.evicted_blocks),
+        str(behind),
+        _examples(comparison) or "equal",
+    )
+
+
+def _examples(comparison: kv_indexer_pb2.Comparison) -> str:
+    """Some of the blocks that differ; empty when none does."""
+    return "; ".join(
+        f"{where}: {' '.join(f'{block:016x}' for block in blocks)}"
+        for where, blocks in (
+            ("only in index", comparison.only_in_index_examples[:2]),
+            ("only at worker", comparison.only_at_worker_examples[:2]),
+        )
+        if blocks
+    )
