@@ -148,10 +148,11 @@ def restart(service: str, run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
 @app.command()
 def verify(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """Compare the KV indexers with what the workers hold; fails when they differ."""
-    etcd = LocalCluster(run_dir).process("etcd").spec.address
-    flags = ["--etcd-url", etcd, "--namespace", topology.NAMESPACE]
+    cluster = LocalCluster(run_dir)
+    etcd_url, indexer = cluster.process("etcd-0").spec.address, cluster.process("kv_indexer-0").spec
+    flags = ["--etcd-url", etcd_url, "--namespace", topology.NAMESPACE]
     command = [sys.executable, "-m", "services.kv_indexer", "verify", *flags]
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, os.environ | indexer.environment)
 
 
 @app.command("model")

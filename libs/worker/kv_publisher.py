@@ -34,6 +34,11 @@ from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.worker.v1 import worker_pb2
 
 HEARTBEAT_SECONDS = 1.0
+QUICK_HEARTBEAT_SECONDS = 0.1
+QUICK_FOR_SECONDS = 1.5
+"""After something was dropped, heartbeats are quick for so long, since every reader may have missed
+it: longer than readers take to connect again once NATS is back."""
+
 GATHER_SECONDS = 0.05
 """How long changes are gathered into one batch."""
 
@@ -84,6 +89,8 @@ class KvPublisher:
         self._has_changes = asyncio.Event()
         self._outbox: deque[bytes] = deque(maxlen=OUTBOX_BATCHES)
         self._recent = RecentBatches(RECENT_BYTES)
+        self._quick_until = 0.0
+        """Of `time.monotonic`."""
 
     def cached_blocks(self) -> int:
         """Blocks that a request of the same prefix could reuse."""
@@ -135,12 +142,13 @@ class KvPublisher:
             yield message
 
     async def run(self) -> None:
-        """Publishes for ever; a heartbeat when there was nothing else for a second."""
+        """Publishes for ever; a heartbeat when there was nothing else for a second, or less when
+        NATS was away."""
         while True:
             # A message for each engine step would cost more than the tokens of the step.
             await asyncio.sleep(GATHER_SECONDS)
             try:
-                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                async with asyncio.timeout(self._heartbeat_seconds()):
                     await self._has_changes.wait()
             except TimeoutError:
                 self._outbox.append(self._serialised(self._ledger.heartbeat()))
@@ -153,6 +161,11 @@ class KvPublisher:
                 else:
                     _batches.labels("dropped").inc(len(self._outbox))
                     self._outbox.clear()
+                    self._quick_until = time.monotonic() + QUICK_FOR_SECONDS
+
+    def _heartbeat_seconds(self) -> float:
+        is_quick = time.monotonic() < self._quick_until
+        return QUICK_HEARTBEAT_SECONDS if is_quick else HEARTBEAT_SECONDS
 
     def _cut(self) -> None:
         for batch in self._ledger.cut():

@@ -93,14 +93,25 @@ def follow_discovery(
 def live_workers(
     instances: Iterable[discovery_pb2.Instance], cards: Iterable[discovery_pb2.ModelCard]
 ) -> dict[InstanceId, Worker]:
-    """Those that have both an address and a model whose KV events they publish."""
+    """Those that have both an address and a model whose KV events they publish.
+
+    Of several at one address only the youngest: a worker that was killed and started again is
+    there before the lease of the one it replaces ends.
+    """
     addresses = {instance.instance_id: instance.address for instance in instances}
+    publishing = [
+        card for card in cards if card.publishes_kv_events and card.instance_id in addresses
+    ]
+    youngest: dict[str, int] = {}
+    for card in publishing:
+        address = addresses[card.instance_id]
+        youngest[address] = max(youngest.get(address, 0), card.created_unix_seconds)
     return {
         card.instance_id: Worker(
             card.instance_id, addresses[card.instance_id], card.model, card.kv_block_size_tokens
         )
-        for card in cards
-        if card.publishes_kv_events and card.instance_id in addresses
+        for card in publishing
+        if card.created_unix_seconds == youngest[addresses[card.instance_id]]
     }
 
 

@@ -398,6 +398,21 @@ def test_only_live_workers_that_publish_kv_events_are_followed() -> None:
     assert live_workers(instances, cards) == {1: Worker(1, "host:1", MODEL, BLOCK_SIZE_TOKENS)}
 
 
+def test_of_workers_at_one_address_only_the_youngest_is_followed() -> None:
+    instances = [discovery_pb2.Instance(instance_id=number, address="host:1") for number in (1, 2)]
+    cards = [
+        discovery_pb2.ModelCard(
+            instance_id=number,
+            model=MODEL,
+            kv_block_size_tokens=BLOCK_SIZE_TOKENS,
+            publishes_kv_events=True,
+            created_unix_seconds=100 + number,
+        )
+        for number in (2, 1)
+    ]
+    assert live_workers(instances, cards).keys() == {2}
+
+
 @asynccontextmanager
 async def stub_of(indexer: Indexer) -> AsyncIterator[kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub]:
     servicer = KvIndexerServicer(indexer)
