@@ -160,7 +160,13 @@ class IndexDeployment:
 
 @contextmanager
 def running(
-    run_dir: Path, model: Path, *, workers: int, indexers: int, blocks: int
+    run_dir: Path,
+    model: Path,
+    *,
+    workers: int,
+    indexers: int,
+    blocks: int,
+    indexer_flags: tuple[str, ...] = (),
 ) -> Iterator[IndexDeployment]:
     """Starts the processes and waits until they serve; stops them at the end. Each worker has room
     for `blocks` and a few more. `model` is a folder with a tokenizer."""
@@ -175,7 +181,10 @@ def running(
         indexers=indexers,
         http_port=ports.take(),
         sim_step_ms=1.0,
-        flags={"decode_worker": ("--sim-kv-tokens", str(kv_tokens))},
+        flags={
+            "decode_worker": ("--sim-kv-tokens", str(kv_tokens)),
+            "kv_indexer": indexer_flags,
+        },
     )
     specs = [
         spec

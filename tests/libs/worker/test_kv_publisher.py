@@ -126,6 +126,24 @@ async def test_what_is_lost_while_nats_is_away_shows_in_the_numbers(
     assert next(batch.sequence_number for batch in batches if batch.events) == 2
 
 
+async def test_after_an_outage_the_last_number_is_told_without_waiting_for_the_next_heartbeat(
+    start_nats: Callable[[], ServerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_publisher, "HEARTBEAT_SECONDS", 3_600.0)
+    server = start_nats()
+    server.stop()
+    dropped = dropped_batches()
+    async with connecting(server.url, "worker") as nats:
+        publisher = publisher_on(nats)
+        async with background(publisher.run()):
+            publisher.take([stored(1, 2)])
+            await until(lambda: dropped_batches() > dropped)
+            server.start()
+            async with subscriber(server.url) as batches:
+                await until(lambda: batches)
+    assert (batches[0].sequence_number, len(batches[0].events)) == (1, 0)
+
+
 async def test_a_snapshot_comes_in_pieces_that_agree_on_their_number() -> None:
     publisher = publisher_on(Client())
     tokens = range(2 * (kv_publisher.SNAPSHOT_MESSAGE_BLOCKS + 1))
