@@ -57,3 +57,9 @@ async def connecting(url: str, name: str) -> AsyncIterator[Client]:
         finally:
             if not client.is_closed:
                 await client.close()
+
+
+def connection_number(client: Client) -> int:
+    """1, 2, 3, ... for the connections that a client had one after another; 0 while there is
+    none."""
+    return client.stats["reconnects"] + 1 if client.is_connected else 0

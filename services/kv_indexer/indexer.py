@@ -49,6 +49,8 @@ class _Followed:
     follower: Follower
     heard_at: float
     """Of `time.monotonic`: when its last batch or heartbeat came, or when it was discovered."""
+    heard_on: int
+    """The connection to NATS by which that came."""
     is_queued: bool = False
     """Whether it waits for a recovery, or for the time to ask again."""
     retry_seconds: float = FIRST_RETRY_SECONDS
@@ -79,17 +81,21 @@ class Indexer:
     index: BlockIndex
     fetch_snapshot: FetchSnapshot
     fetch_batches: FetchBatches
-    are_events_connected: Callable[[], bool]
+    events_connection: Callable[[], int]
+    """Tells the connections to NATS apart, by numbers from 1 on; 0 while there is none."""
     silent_after_seconds: float
     recoveries_at_once: int
     _followed: dict[InstanceId, _Followed] = field(default_factory=dict, init=False)
     _degraded: dict[str, list[InstanceId]] | None = field(default=None, init=False)
     """Degraded workers by reason; None when it has to be put together anew."""
+    _connection: int = field(default=0, init=False)
+    """The last one that there was."""
     _wanting: asyncio.Queue[_Followed] = field(default_factory=asyncio.Queue, init=False)
     """Each worker once at most."""
 
     def set_workers(self, workers: Mapping[InstanceId, Worker]) -> None:
         """Follows these workers from now on and forgets all others at once."""
+        self._look_at_connection()
         gone = [
             instance
             for instance, followed in self._followed.items()
@@ -108,7 +114,10 @@ class Indexer:
             if instance not in self._followed:
                 self.index.add(instance, worker.model, worker.block_size_tokens)
                 followed = _Followed(
-                    worker, Follower(self.index, instance), heard_at=time.monotonic()
+                    worker,
+                    Follower(self.index, instance),
+                    heard_at=time.monotonic(),
+                    heard_on=self._connection,
                 )
                 self._followed[instance] = followed
                 log.info("worker discovered", instance=f"{instance:016x}", model=worker.model)
@@ -124,7 +133,8 @@ class Indexer:
         ):
             metrics.foreign_batches.inc()
             return
-        followed.heard_at = time.monotonic()
+        self._look_at_connection()
+        followed.heard_at, followed.heard_on = time.monotonic(), self._connection
         followed.follower.take_batch(from_message(message))
         metrics.batches.inc()
         self._changed(followed)
@@ -132,7 +142,7 @@ class Indexer:
     def degraded_reasons(self) -> Mapping[str, Sequence[InstanceId]]:
         """Why answers may be wrong just now, and which workers it is about; none named means all.
         Cheap enough for every answer."""
-        if not self.are_events_connected():
+        if not self._look_at_connection():
             return {EVENTS_DISCONNECTED: ()}
         if self._degraded is None:
             self._degraded = {}
@@ -159,7 +169,7 @@ class Indexer:
 
     def _status(self, followed: _Followed) -> FollowedStatus:
         worker, follower = followed.worker, followed.follower
-        is_connected = self.are_events_connected()
+        is_connected = self._look_at_connection()
         return FollowedStatus(
             worker=worker,
             epoch=follower.epoch,
@@ -172,7 +182,22 @@ class Indexer:
 
     def _changed(self, followed: _Followed) -> None:
         self._ask_if_wanted(followed)
-        self._note_degraded(followed, followed.follower.degraded_reason)
+        self._note_degraded(followed, self._reason_of(followed))
+
+    def _look_at_connection(self) -> bool:
+        """Whether there is one. When it is a new one, anything may have been said meanwhile: all
+        workers are degraded until they speak."""
+        connection = self.events_connection()
+        if connection not in (0, self._connection):
+            self._connection = connection
+            for followed in self._followed.values():
+                self._note_degraded(followed, self._reason_of(followed))
+        return connection != 0
+
+    def _reason_of(self, followed: _Followed) -> str:
+        if reason := followed.follower.degraded_reason:
+            return reason
+        return EVENTS_DISCONNECTED if followed.heard_on != self._connection else ""
 
     def _note_degraded(self, followed: _Followed, reason: str) -> None:
         if reason == followed.degraded_reason:

@@ -14,7 +14,7 @@ from libs.common.discovery import Discovery, Table, new_instance_id
 from libs.common.grpc_server import GrpcServer, serving
 from libs.common.kv_events import InstanceId
 from libs.common.metrics import serving_metrics
-from libs.common.nats_client import connecting
+from libs.common.nats_client import connecting, connection_number
 from libs.common.tasks import background
 from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
@@ -48,7 +48,7 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
                 fetch_batches=partial(
                     fetch_batches, timeout_seconds=settings.recovery_timeout_seconds
                 ),
-                are_events_connected=lambda: nats.is_connected,
+                events_connection=lambda: connection_number(nats),
                 silent_after_seconds=settings.silent_after_seconds,
                 recoveries_at_once=settings.recoveries_at_once,
             )

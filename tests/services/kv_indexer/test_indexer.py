@@ -19,7 +19,7 @@ from libs.common.errors import WorkerLost
 from libs.common.grpc_server import serving
 from libs.common.hashing import sequence_hashes
 from libs.common.kv_events import KvSnapshot
-from libs.common.nats_client import connecting
+from libs.common.nats_client import connecting, connection_number
 from libs.common.tasks import background
 from libs.engine.interface import EngineBlocksRemoved, EngineBlocksStored, EngineHash
 from libs.worker import kv_publisher
@@ -134,7 +134,7 @@ async def indexer_on(nats_url: str) -> AsyncIterator[tuple[Indexer, LossyReceive
             index=BlockIndex(10_000),
             fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
             fetch_batches=partial(fetch_batches, timeout_seconds=5),
-            are_events_connected=lambda: nats.is_connected,
+            events_connection=lambda: connection_number(nats),
             silent_after_seconds=60,
             recoveries_at_once=2,
         )
@@ -370,7 +370,7 @@ async def test_few_workers_are_asked_at_once() -> None:
         index=BlockIndex(100),
         fetch_snapshot=fetch,
         fetch_batches=partial(fetch_batches, timeout_seconds=5),
-        are_events_connected=lambda: True,
+        events_connection=lambda: 1,
         silent_after_seconds=60,
         recoveries_at_once=2,
     )
@@ -431,7 +431,7 @@ def indexer_holding(**held: list[int]) -> Indexer:
         index=index,
         fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
         fetch_batches=partial(fetch_batches, timeout_seconds=5),
-        are_events_connected=lambda: True,
+        events_connection=lambda: 1,
         silent_after_seconds=60,
         recoveries_at_once=1,
     )
@@ -490,9 +490,30 @@ async def test_every_answer_says_what_is_degraded_and_of_whom() -> None:
                 )
             )
         assert not (await stub.FindOverlap(request, timeout=5)).degraded_reasons
-        indexer.are_events_connected = lambda: False
+        indexer.events_connection = lambda: 0
         (degraded,) = (await stub.FindOverlap(request, timeout=5)).degraded_reasons
         assert (degraded.reason, list(degraded.instance_ids)) == ("events_disconnected", [])
+
+
+def test_after_an_outage_a_worker_is_degraded_until_it_speaks() -> None:
+    indexer = indexer_holding(w1=[], w2=[])
+    beats = {
+        instance: kv_events_pb2.KvEventBatch(
+            instance_id=instance, model=MODEL, block_size_tokens=BLOCK_SIZE_TOKENS, epoch=1
+        )
+        for instance in (1, 2)
+    }
+    for beat in beats.values():
+        indexer.take(beat)
+    assert indexer.degraded_reasons() == {}
+    indexer.events_connection = lambda: 0
+    assert indexer.degraded_reasons() == {"events_disconnected": ()}
+    indexer.events_connection = lambda: 2
+    indexer.take(beats[1])
+    assert indexer.degraded_reasons() == {"events_disconnected": [2]}
+    assert sorted(degraded_reasons(indexer)) == ["", "events_disconnected"]
+    indexer.take(beats[2])
+    assert indexer.degraded_reasons() == {}
 
 
 async def test_a_worker_that_fell_silent_is_degraded_until_it_speaks(
@@ -502,6 +523,7 @@ async def test_a_worker_that_fell_silent_is_degraded_until_it_speaks(
         fake_worker(1, nats_server.url) as worker,
         indexer_on(nats_server.url) as (indexer, _),
     ):
+        await until(indexer.events_connection)
         indexer.silent_after_seconds = 0.01
         indexer.set_workers({1: worker.as_discovered})
         await until(lambda: indexer.degraded_reasons() == {"silent": [1]})

@@ -50,7 +50,7 @@ class Workers:
             index=BlockIndex(max_blocks),
             fetch_snapshot=self.fetch_snapshot,
             fetch_batches=self.fetch_batches,
-            are_events_connected=lambda: True,
+            events_connection=lambda: 1,
             silent_after_seconds=60,
             recoveries_at_once=1,
         )
