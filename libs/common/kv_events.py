@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 InstanceId = int
 """64 bits, see switchgear.discovery.v1.Instance."""
@@ -12,11 +13,27 @@ SequenceHash = int
 """64 bits, names a block and all before it. See libs.common.hashing."""
 
 
+ChainStart = tuple[int, SequenceHash | None]
+"""A position in a list of blocks, and the block that the one there follows: None when it starts a
+prompt. Each block from there on follows the one before it in the list, up to the next start."""
+
+
+class Tier(IntEnum):
+    """Where blocks are kept, fastest first. As in switchgear.kv_events.v1.Tier."""
+
+    DEVICE = 1
+    HOST = 2
+    DISK = 3
+
+
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
     """Blocks that can be reused from now on, none before the one it follows."""
 
     sequence_hashes: Sequence[SequenceHash]
+    chains: Sequence[ChainStart] = ()
+    """By position. A list that doesn't begin with a start begins with a prompt's first block."""
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +41,7 @@ class BlocksRemoved:
     """Blocks that are gone, none before those that follow it."""
 
     sequence_hashes: Sequence[SequenceHash]
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +71,8 @@ class KvSnapshot:
     epoch: int
     sequence_number: int
     sequence_hashes: Sequence[SequenceHash]
+    chains: Sequence[ChainStart] = ()
+    """As in BlocksStored."""
 
 
 def subject(namespace: str, instance_id: InstanceId) -> str:

@@ -27,6 +27,7 @@ from libs.common.kv_events import (
     KvEvent,
     subject,
 )
+from libs.common.kv_messages import part_of, stored_message
 from libs.engine.interface import EngineKvEvent
 from libs.worker.core.kv_ledger import KvLedger
 from libs.worker.core.recent_batches import RecentBatches
@@ -109,16 +110,14 @@ class KvPublisher:
         self._cut()
         held = self._ledger.snapshot()
         for start in range(0, max(1, len(held.sequence_hashes)), SNAPSHOT_MESSAGE_BLOCKS):
+            end = start + SNAPSHOT_MESSAGE_BLOCKS
             yield worker_pb2.GetKvSnapshotResponse(
                 instance_id=self._instance_id,
                 model=self._model,
                 block_size_tokens=self._block_size_tokens,
                 epoch=held.epoch,
                 sequence_number=held.sequence_number,
-                blocks=kv_events_pb2.BlocksStored(
-                    sequence_hashes=held.sequence_hashes[start : start + SNAPSHOT_MESSAGE_BLOCKS],
-                    tier=kv_events_pb2.TIER_DEVICE,
-                ),
+                blocks=stored_message(*part_of(held.sequence_hashes, held.chains, start, end)),
             )
 
     def batches(
@@ -196,16 +195,12 @@ class KvPublisher:
 
 def _to_message(event: KvEvent) -> kv_events_pb2.KvEvent:
     match event:
-        case BlocksStored(hashes):
-            return kv_events_pb2.KvEvent(
-                stored=kv_events_pb2.BlocksStored(
-                    sequence_hashes=hashes, tier=kv_events_pb2.TIER_DEVICE
-                )
-            )
-        case BlocksRemoved(hashes):
+        case BlocksStored(hashes, chains, tier):
+            return kv_events_pb2.KvEvent(stored=stored_message(hashes, chains, tier))
+        case BlocksRemoved(hashes, tier):
             return kv_events_pb2.KvEvent(
                 removed=kv_events_pb2.BlocksRemoved(
-                    sequence_hashes=hashes, tier=kv_events_pb2.TIER_DEVICE
+                    sequence_hashes=hashes, tier=kv_events_pb2.Tier.ValueType(tier)
                 )
             )
         case CacheCleared():

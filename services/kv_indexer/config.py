@@ -13,9 +13,9 @@ class KvIndexerSettings(KvEventSettings):
 
     model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_KV_INDEXER_")
 
-    max_blocks: int = Field(default=10_000_000, ge=1)
-    """Blocks in the index, each counted once for every worker that holds it; 150 bytes or so of
-    memory each. Beyond it no more are taken in, and the workers concerned are degraded."""
+    max_index_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """Memory for the index: 160 bytes for a block, however many workers hold it. When it is used
+    up, the blocks that were not matched for longest are evicted."""
 
     recoveries_at_once: int = Field(default=8, ge=1, le=1_000)
     """How many workers are asked at the same time for what the index lacks. More makes a restarted

@@ -17,12 +17,16 @@ from libs.common.kv_events import (
     CacheCleared,
     KvBatch,
     KvEvent,
+    Tier,
     all_subjects,
 )
+from libs.common.kv_messages import chains_of
 from libs.common.tasks import background
 from switchgear.kv_events.v1 import kv_events_pb2
 
 log = logs.get(__name__)
+
+_TIERS = frozenset[int](Tier)
 
 POLL_SECONDS = 0.1
 MAX_UNREAD_BATCHES = 65_536
@@ -60,18 +64,22 @@ async def receiving(
 
 
 def from_message(message: kv_events_pb2.KvEventBatch) -> KvBatch:
-    """The batch as a value. What the index does not count (other tiers, kinds from the future) is
-    left as an event of no blocks, since a batch without events would be a heartbeat."""
+    """The batch as a value. What the index does not count (tiers and kinds from the future) is left
+    as an event of no blocks, since a batch without events would be a heartbeat."""
     return KvBatch(message.epoch, message.sequence_number, tuple(_events(message)))
 
 
 def _events(message: kv_events_pb2.KvEventBatch) -> Iterator[KvEvent]:
     for event in message.events:
         match event.WhichOneof("event"):
-            case "stored" if event.stored.tier == kv_events_pb2.TIER_DEVICE:
-                yield BlocksStored(tuple(event.stored.sequence_hashes))
-            case "removed" if event.removed.tier == kv_events_pb2.TIER_DEVICE:
-                yield BlocksRemoved(tuple(event.removed.sequence_hashes))
+            case "stored" if event.stored.tier in _TIERS:
+                yield BlocksStored(
+                    tuple(event.stored.sequence_hashes),
+                    chains_of(event.stored),
+                    Tier(event.stored.tier),
+                )
+            case "removed" if event.removed.tier in _TIERS:
+                yield BlocksRemoved(tuple(event.removed.sequence_hashes), Tier(event.removed.tier))
             case "cleared":
                 yield CacheCleared()
             case _:

@@ -41,7 +41,7 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
             connecting(settings.nats_url, name) as nats,
         ):
             indexer = Indexer(
-                index=BlockIndex(settings.max_blocks),
+                index=BlockIndex(settings.max_index_bytes),
                 fetch_snapshot=partial(
                     fetch_snapshot, timeout_seconds=settings.recovery_timeout_seconds
                 ),

@@ -9,7 +9,8 @@ import grpc
 from libs.common import grpc_errors
 from libs.common.errors import WorkerLost
 from libs.common.grpc_server import CHANNEL_OPTIONS
-from libs.common.kv_events import InstanceId, KvSnapshot, SequenceHash
+from libs.common.kv_events import ChainStart, InstanceId, KvSnapshot, SequenceHash
+from libs.common.kv_messages import chains_of
 from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
@@ -34,6 +35,7 @@ async def fetch_snapshot(worker: Worker, timeout_seconds: float) -> KvSnapshot:
     epoch = sequence_number = 0
     is_empty = True
     hashes: list[SequenceHash] = []
+    chains: list[ChainStart] = []
     with grpc_errors.typed():
         async with grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -48,7 +50,9 @@ async def fetch_snapshot(worker: Worker, timeout_seconds: float) -> KvSnapshot:
                 is_empty = False
                 epoch, sequence_number = piece.epoch, piece.sequence_number
                 if piece.blocks.tier == kv_events_pb2.TIER_DEVICE:
+                    starts = chains_of(piece.blocks) or ((0, None),)
+                    chains += [(len(hashes) + start, before) for start, before in starts]
                     hashes += piece.blocks.sequence_hashes
     if is_empty:
         raise WorkerLost(f"{worker.address} ended a snapshot before its first message")
-    return KvSnapshot(epoch, sequence_number, hashes)
+    return KvSnapshot(epoch, sequence_number, hashes, chains)

@@ -24,6 +24,7 @@ from libs.common.kv_events import (
     BlocksRemoved,
     BlocksStored,
     CacheCleared,
+    ChainStart,
     KvBatch,
     KvEvent,
     KvSnapshot,
@@ -64,6 +65,22 @@ class _Block:
             stack.extend(child for child in block.children.values() if child.is_published)
 
 
+class _Chains:
+    """Blocks in a list, and where one does not follow the one before it there."""
+
+    __slots__ = ("hashes", "starts")
+
+    def __init__(self) -> None:
+        self.hashes: list[SequenceHash] = []
+        self.starts: list[ChainStart] = []
+
+    def append(self, block: _Block) -> None:
+        before = None if block.parent is None else block.parent.sequence_hash
+        if before != (self.hashes[-1] if self.hashes else None):
+            self.starts.append((len(self.hashes), before))
+        self.hashes.append(block.sequence_hash)
+
+
 class KvLedger:
     """One cache's account, from when it was empty."""
 
@@ -75,8 +92,8 @@ class KvLedger:
         self._blocks: dict[SequenceHash, _Block] = {}
         self._copies: dict[EngineHash, list[_Block]] = {}
         """A list as long as the engine has copies under that hash."""
-        self._changes: list[tuple[type[BlocksStored | BlocksRemoved], list[SequenceHash]]] = []
-        """Published changes that are not numbered yet, oldest first."""
+        self._changes: list[_Chains | list[SequenceHash]] = []
+        """Published changes that are not numbered yet, oldest first: stored or removed."""
         self._is_clear_pending = False
         """Whether CacheCleared comes before those."""
         self.published_blocks = 0
@@ -108,11 +125,15 @@ class KvLedger:
         events: list[KvEvent] = [CacheCleared()] if self._is_clear_pending else []
         batches: list[KvBatch] = []
         blocks = 0
-        for make, hashes in self._changes:
+        for change in self._changes:
+            hashes = change.hashes if isinstance(change, _Chains) else change
             if blocks + len(hashes) > MAX_BATCH_BLOCKS:
                 batches.append(self._number(events))
                 events, blocks = [], 0
-            events.append(make(tuple(hashes)))
+            if isinstance(change, _Chains):
+                events.append(BlocksStored(tuple(hashes), tuple(change.starts)))
+            else:
+                events.append(BlocksRemoved(tuple(hashes)))
             blocks += len(hashes)
         if events:
             batches.append(self._number(events))
@@ -128,10 +149,12 @@ class KvLedger:
         """All published blocks, as of the last batch: nothing may have changed since the cut."""
         assert not self._changes, "cut first"
         assert not self._is_clear_pending, "cut first"
-        # A block comes into the tree after its parent, and leaves before it: in this order, too,
-        # no block comes before the one it follows.
-        hashes = [block.sequence_hash for block in self._blocks.values() if block.is_published]
-        return KvSnapshot(self.epoch, self._sequence_number, hashes)
+        held = _Chains()
+        for root in self._blocks.values():
+            if root.parent is None and root.is_published:
+                for block in root.published_subtree():
+                    held.append(block)
+        return KvSnapshot(self.epoch, self._sequence_number, held.hashes, held.starts)
 
     def _number(self, events: Sequence[KvEvent]) -> KvBatch:
         self._sequence_number += 1
@@ -201,7 +224,7 @@ class KvLedger:
             block = stack.pop()
             block.is_published = True
             self.published_blocks += 1
-            self._note(BlocksStored, block.sequence_hash)
+            self._note_stored(block)
             stack.extend(child for child in block.children.values() if child.copies)
 
     def _unpublish(self, block: _Block) -> None:
@@ -209,17 +232,21 @@ class KvLedger:
         for gone in reversed(list(block.published_subtree())):
             gone.is_published = False
             self.published_blocks -= 1
-            self._note(BlocksRemoved, gone.sequence_hash)
+            self._note_removed(gone)
 
-    def _note(
-        self, change: type[BlocksStored | BlocksRemoved], sequence_hash: SequenceHash
-    ) -> None:
-        if self._changes:
-            last, hashes = self._changes[-1]
-            if last is change and len(hashes) < MAX_EVENT_BLOCKS:
-                hashes.append(sequence_hash)
-                return
-        self._changes.append((change, [sequence_hash]))
+    def _note_stored(self, block: _Block) -> None:
+        last = self._changes[-1] if self._changes else None
+        if not isinstance(last, _Chains) or len(last.hashes) >= MAX_EVENT_BLOCKS:
+            last = _Chains()
+            self._changes.append(last)
+        last.append(block)
+
+    def _note_removed(self, block: _Block) -> None:
+        last = self._changes[-1] if self._changes else None
+        if not isinstance(last, list) or len(last) >= MAX_EVENT_BLOCKS:
+            last = []
+            self._changes.append(last)
+        last.append(block.sequence_hash)
 
     def check_invariants(self) -> None:
         """For tests: raises AssertionError when what is kept contradicts itself."""

@@ -81,9 +81,12 @@ class Follower:
         self._kept: OrderedDict[int, KvBatch] = OrderedDict()
         """Batches after `applied` that can't be applied yet, by number, in order of arrival."""
         self._kept_blocks = 0
-        self.is_full = False
-        """Whether the index had no room for all of the worker's blocks."""
         self._may_have_room = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the index had no room for all of the worker's blocks."""
+        return self._index.evicted_blocks(self._instance) > 0
 
     @property
     def wanted(self) -> RecoveryReason | None:
@@ -137,7 +140,7 @@ class Follower:
             return
         if snapshot.epoch > self.epoch:
             self._start_epoch(snapshot.epoch)
-        self.is_full = not self._index.replace(self._instance, snapshot.sequence_hashes)
+        self._index.replace(self._instance, snapshot.sequence_hashes, snapshot.chains)
         self._may_have_room = False
         self.applied = snapshot.sequence_number
         self._latest = max(self._latest, snapshot.sequence_number)
@@ -178,11 +181,10 @@ class Follower:
 
     def _apply(self, event: KvEvent) -> None:
         match event:
-            case BlocksStored(hashes):
-                if not self.is_full:
-                    self.is_full = not self._index.store(self._instance, hashes)
-            case BlocksRemoved(hashes):
-                self._index.discard(self._instance, hashes)
+            case BlocksStored(hashes, chains, tier):
+                self._index.store(self._instance, hashes, chains, tier)
+            case BlocksRemoved(hashes, tier):
+                self._index.discard(self._instance, hashes, tier)
             case CacheCleared():
                 self._clear()
             case _:
@@ -190,7 +192,6 @@ class Follower:
 
     def _clear(self) -> None:
         self._index.clear(self._instance)
-        self.is_full = False
         self._may_have_room = False
 
     def check_invariants(self) -> None:

@@ -97,7 +97,29 @@ def test_a_middle_block_takes_its_descendants_along_deepest_first() -> None:
 def test_a_middle_block_that_returns_brings_its_descendants_back() -> None:
     ledger = ledger_of(stored((1, 2, 3, 4)), removed((1, 2)), removed((1, 2, 3, 4)))
     ledger.apply([stored((1, 2), start=1)])
-    assert changes(ledger.cut()) == [BlocksStored((hash_of((1, 2)), hash_of((1, 2, 3))))]
+    after_first = ((0, hash_of((1,))),)
+    assert changes(ledger.cut()) == [
+        BlocksStored((hash_of((1, 2)), hash_of((1, 2, 3))), after_first)
+    ]
+
+
+def test_events_and_snapshots_tell_which_block_each_one_follows() -> None:
+    ledger = ledger_of()
+    ledger.apply([stored((1, 2, 3)), stored((1, 4), start=1), stored((5, 6))])
+    (change,) = changes(ledger.cut())
+    snapshot = ledger.snapshot()
+    follows = {
+        hash_of(path): hash_of(path[:-1]) if path[:-1] else None
+        for path in [(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (5, 6)]
+    }
+    assert isinstance(change, BlocksStored)
+    for told in (change, snapshot):
+        starts = dict(told.chains)
+        befores = (None, *told.sequence_hashes)
+        assert {
+            block: starts.get(position, befores[position])
+            for position, block in enumerate(told.sequence_hashes)
+        } == follows
 
 
 def test_a_block_that_returns_brings_back_nothing_beyond_the_next_missing_one() -> None:

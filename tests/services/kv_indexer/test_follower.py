@@ -15,7 +15,7 @@ from libs.common.kv_events import (
 )
 from services.kv_indexer.core import follower as follower_module
 from services.kv_indexer.core.follower import BatchRange, Follower, RecoveryReason
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import BLOCK_BYTES, HOLDERS_BYTES, BlockIndex
 
 WORKER, OTHER = 1, 2
 
@@ -31,8 +31,8 @@ def heartbeat(number: int, *, epoch: int = 1) -> KvBatch:
 class Followed:
     """A follower with its index."""
 
-    def __init__(self, *taken: KvBatch | KvSnapshot, max_blocks: int = 1_000_000) -> None:
-        self.index = BlockIndex(max_blocks)
+    def __init__(self, *taken: KvBatch | KvSnapshot, max_bytes: int = 1 << 30) -> None:
+        self.index = BlockIndex(max_bytes)
         self.index.add(WORKER, "m", 16)
         self.index.add(OTHER, "m", 16)
         self.follower = Follower(self.index, WORKER)
@@ -160,18 +160,17 @@ def test_what_waits_for_a_snapshot_is_bounded() -> None:
 
 
 def test_a_worker_without_room_is_degraded_until_room_was_made() -> None:
-    followed = Followed(max_blocks=3)
-    followed.index.store(OTHER, [1, 2])
-    followed.take(stored(1, 1, 2))
-    followed.index.clear(OTHER)
-    # There is room for block 3, but without block 2 it would not be right.
-    followed.take(stored(2, 3))
-    assert (followed.wanted(), followed.held()) == (None, {1})
+    followed = Followed(max_bytes=BLOCK_BYTES * 3 + HOLDERS_BYTES)
+    followed.take(stored(1, 1, 2, 3, 4, 5))
+    assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
     assert followed.follower.degraded_reason == "index_full"
+    followed.take(KvBatch(1, 2, [BlocksRemoved([5, 4, 3])]))
+    assert not followed.follower.degraded_reason
+    followed.take(stored(3, 6, 7, 8, 9))
     followed.follower.room_was_made()
     assert followed.wanted() is RecoveryReason.ROOM
-    followed.take(KvSnapshot(1, 2, [1, 2, 3]))
-    assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
+    followed.take(KvSnapshot(1, 3, [1, 2]))
+    assert (followed.wanted(), followed.held()) == (None, {1, 2})
     assert not followed.follower.degraded_reason
 
 

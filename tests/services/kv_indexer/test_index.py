@@ -1,18 +1,30 @@
 """The block index against a naive one."""
 
+import gc
+import random
+import tracemalloc
+from collections import deque
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.kv_indexer.core.index import BlockIndex
+from libs.common import hashing
+from libs.common.kv_events import Tier
+from services.kv_indexer.core.index import BLOCK_BYTES, HOLDERS_BYTES, BlockIndex
 
 MODEL, BLOCK_SIZE_TOKENS = "m", 16
 
 
-def index_of(*, max_blocks: int = 1_000, **held: Sequence[int]) -> BlockIndex:
+def bytes_of(blocks: int) -> int:
+    """Enough for so many blocks with a few different sets of holders, and no more for more."""
+    return BLOCK_BYTES * blocks + 2 * HOLDERS_BYTES
+
+
+def index_of(*, max_bytes: int = 1 << 30, **held: Sequence[int]) -> BlockIndex:
     """Workers are named a, b, ... and get their letter's code as their id."""
-    index = BlockIndex(max_blocks)
+    index = BlockIndex(max_bytes)
     for name, blocks in held.items():
         index.add(ord(name), MODEL, BLOCK_SIZE_TOKENS)
         index.store(ord(name), blocks)
@@ -20,8 +32,10 @@ def index_of(*, max_blocks: int = 1_000, **held: Sequence[int]) -> BlockIndex:
     return index
 
 
-def overlap(index: BlockIndex, prompt: Sequence[int]) -> dict[str, int]:
-    depths = index.overlap(MODEL, BLOCK_SIZE_TOKENS, prompt)
+def overlap(
+    index: BlockIndex, prompt: Sequence[int], slowest: Tier = Tier.DEVICE
+) -> dict[str, int]:
+    depths = index.overlap(MODEL, BLOCK_SIZE_TOKENS, prompt, slowest)
     return {chr(instance): depth for instance, depth in depths.items()}
 
 
@@ -72,19 +86,6 @@ def test_another_block_size_than_the_models_overlaps_with_nothing() -> None:
     assert index_of(a=[1]).overlap(MODEL, 32, [1]) == {}
 
 
-def test_a_full_index_keeps_the_first_blocks_of_what_has_no_room() -> None:
-    index = index_of(max_blocks=5, a=[1, 2, 3])
-    index.add(ord("b"), MODEL, BLOCK_SIZE_TOKENS)
-    assert not index.store(ord("b"), [1, 2, 3])
-    index.check_invariants()
-    assert overlap(index, [1, 2, 3]) == {"a": 3, "b": 2}
-
-
-def test_a_full_index_still_takes_what_it_has_already() -> None:
-    index = index_of(max_blocks=3, a=[1, 2, 3])
-    assert index.store(ord("a"), [1, 2, 3])
-
-
 def test_a_lookup_in_a_long_prompt_touches_few_of_its_blocks() -> None:
     class CountingPrompt(list[int]):
         reads = 0
@@ -94,17 +95,142 @@ def test_a_lookup_in_a_long_prompt_touches_few_of_its_blocks() -> None:
             return super().__getitem__(position)  # type: ignore[call-overload, no-any-return]
 
     prompt = CountingPrompt(range(8_192))
-    assert overlap(index_of(max_blocks=9_000, a=range(8_000)), prompt) == {"a": 8_000}
-    assert prompt.reads <= 1 + 13
+    assert overlap(index_of(a=range(8_000)), prompt) == {"a": 8_000}
+    assert prompt.reads <= 2 + 13
+
+
+def test_adapters_and_cache_salts_share_no_blocks_with_each_other() -> None:
+    tokens = range(64)
+    keys = [("", ""), ("adapter", ""), ("", "salt"), ("adapter", "salt"), ("", "adapter")]
+    chains = [
+        hashing.sequence_hashes(tokens, BLOCK_SIZE_TOKENS, lora_name=lora, cache_salt=salt)
+        for lora, salt in keys
+    ]
+    index = index_of()
+    for name, hashes in zip("abcde", chains, strict=True):
+        index.add(ord(name), MODEL, BLOCK_SIZE_TOKENS)
+        index.store(ord(name), hashes)
+    for name, hashes in zip("abcde", chains, strict=True):
+        assert overlap(index, hashes) == {name: 4}
+
+
+def test_overlap_tells_how_deep_each_worker_is_tier_by_tier() -> None:
+    index = index_of(a=[1, 2], b=[1])
+    index.store(ord("a"), [3], [(0, 2)], Tier.HOST)
+    index.store(ord("a"), [4], [(0, 3)], Tier.DISK)
+    index.store(ord("b"), [1, 2], tier=Tier.HOST)
+    index.check_invariants()
+    prompt = [1, 2, 3, 4, 5]
+    assert overlap(index, prompt) == {"a": 2, "b": 1}
+    assert overlap(index, prompt, Tier.HOST) == {"a": 3, "b": 2}
+    assert overlap(index, prompt, Tier.DISK) == {"a": 4, "b": 2}
+
+
+def test_a_block_that_leaves_one_tier_stays_in_another() -> None:
+    index = index_of(a=[1, 2])
+    index.store(ord("a"), [1, 2], tier=Tier.HOST)
+    index.discard(ord("a"), [2])
+    index.check_invariants()
+    assert (overlap(index, [1, 2]), overlap(index, [1, 2], Tier.HOST)) == ({"a": 1}, {"a": 2})
+    assert index.held(ord("a")) == {1}
+    assert index.held(ord("a"), Tier.HOST) == {1, 2}
+
+
+def test_a_full_index_forgets_what_was_matched_least_recently() -> None:
+    index = index_of(max_bytes=bytes_of(64), a=[])
+    for turn in range(20):
+        start = 100 * (turn + 1)
+        index.store(ord("a"), range(start, start + 16))
+        # The first conversation goes on and on.
+        assert overlap(index, range(100, 116)) == {"a": 16}
+        index.check_invariants()
+    assert overlap(index, range(2_000, 2_016)) == {"a": 16}
+    assert overlap(index, range(300, 316)) == {}
+
+
+def test_a_chain_longer_than_the_index_keeps_its_first_blocks() -> None:
+    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+    index.check_invariants()
+    depth = overlap(index, range(1, 101))["a"]
+    assert 10 <= depth < 20
+    assert index.evicted_blocks(ord("a")) == 100 - depth
+
+
+def test_blocks_that_follow_an_evicted_one_are_not_taken_in() -> None:
+    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+    evicted = index.evicted_blocks(ord("a"))
+    index.store(ord("a"), [101, 102], [(0, 100)])
+    assert index.evicted_blocks(ord("a")) == evicted + 2
+    assert overlap(index, [101, 102]) == {}
+
+
+def test_an_evicted_block_that_its_worker_removes_is_no_longer_counted() -> None:
+    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+    index.discard(ord("a"), range(100, 0, -1))
+    index.check_invariants()
+    assert (index.held_blocks(ord("a")), index.evicted_blocks(ord("a"))) == (0, 0)
+
+
+def test_a_worker_that_is_cleared_or_replaced_starts_without_evicted_blocks() -> None:
+    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+    index.replace(ord("a"), [1, 2])
+    assert index.held(ord("a")) == {1, 2}
+    assert index.evicted_blocks(ord("a")) == 0
+
+
+def test_eviction_in_one_model_makes_room_for_another() -> None:
+    index = index_of(max_bytes=bytes_of(64), a=range(1, 61))
+    index.add(ord("b"), "another", BLOCK_SIZE_TOKENS)
+    for start in range(1_000, 2_000, 10):
+        index.store(ord("b"), range(start, start + 10))
+        index.check_invariants()
+    assert index.held_blocks(ord("b")) > 30
+
+
+@pytest.mark.parametrize("workers", [1, 10])
+def test_the_index_takes_no_more_memory_than_it_may_and_uses_most_of_it(workers: int) -> None:
+    max_bytes = 4 << 20
+    rng = random.Random(1)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        index = BlockIndex(max_bytes)
+        for worker in range(workers):
+            index.add(worker, MODEL, BLOCK_SIZE_TOKENS)
+        recent = deque[list[int]](maxlen=64)
+        taken_bytes = []
+        for step in range(3 * max_bytes // 160 // 64):
+            chain = [rng.getrandbits(64) for _ in range(64)]
+            for worker in rng.sample(range(workers), min(workers, 3)):
+                index.store(worker, chain[: rng.randint(1, 64)])
+            recent.append(chain)
+            overlap(index, rng.choice(recent))
+            if step % 3 == 0:
+                gone = rng.choice(recent)
+                for worker in range(workers):
+                    index.discard(worker, gone[:31:-1])
+            if step % 20 == 0:
+                taken_bytes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    # Of the test itself: the latest chains.
+    own_bytes = 64 * 64 * 48
+    assert max(taken_bytes) - own_bytes <= max_bytes
+    assert taken_bytes[-1] >= max_bytes / 3
+    assert max_bytes * 0.9 <= index.used_bytes <= max_bytes
 
 
 Path = tuple[int, ...]
 paths = st.lists(st.integers(0, 1), max_size=5).map(tuple)
 workers = st.sampled_from("abcd")
+tiers = st.sampled_from(Tier)
 operations = st.tuples(
-    st.sampled_from(["store", "store", "store", "discard", "replace", "clear", "leave"]),
+    st.sampled_from(
+        ["store", "store", "continue", "continue", "discard", "replace", "clear", "leave", "match"]
+    ),
     workers,
     paths,
+    tiers,
 )
 
 
@@ -117,60 +243,109 @@ def prefixes(path: Path) -> list[int]:
     return [name_of(path[:end]) for end in range(1, len(path) + 1)]
 
 
-def descendants(held: set[int], path: Path) -> list[int]:
-    """Held blocks from this one on, deepest first."""
-    below = f"{name_of(path):b}"
-    return sorted((block for block in held if f"{block:b}".startswith(below)), reverse=True)
+def is_at_or_below(block: int, ancestor: int) -> bool:
+    return f"{block:b}".startswith(f"{ancestor:b}")
+
+
+class NaiveIndex:
+    """What workers hold, as sets."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[Tier, set[int]]] = {}
+
+    def in_any(self, worker: str) -> set[int]:
+        return set().union(*self.held[worker].values())
+
+    def overlap(self, prompt: list[int], slowest: Tier) -> dict[str, int]:
+        depths = {}
+        for worker, tiers in self.held.items():
+            reached = set().union(*(tiers[tier] for tier in Tier if tier <= slowest))
+            depth = next((n for n, block in enumerate(prompt) if block not in reached), len(prompt))
+            if depth:
+                depths[worker] = depth
+        return depths
+
+
+def play(index: BlockIndex, script: list[tuple[str, str, Path, Tier]]) -> NaiveIndex:
+    """Does the same to the index and to a naive one, checking the index all the time. Workers keep
+    their promise in every reach of tiers."""
+    naive = NaiveIndex()
+    for operation, worker, path, tier in script:
+        if worker not in naive.held:
+            index.add(ord(worker), MODEL, BLOCK_SIZE_TOKENS)
+            naive.held[worker] = {tier: set() for tier in Tier}
+        held = naive.held[worker]
+        match operation:
+            case "store":
+                index.store(ord(worker), prefixes(path), tier=tier)
+                held[tier].update(prefixes(path))
+            case "continue":
+                # As workers do: only what is new, after the block that it follows.
+                known = naive.in_any(worker)
+                new = [block for block in prefixes(path) if block not in known]
+                if new:
+                    before = new[0] >> 1
+                    slowest_before = max(
+                        (t for t in Tier if before in held[t]), default=Tier.DEVICE
+                    )
+                    tier = max(tier, slowest_before)
+                    index.store(ord(worker), new, [(0, None if before == 1 else before)], tier)
+                    held[tier].update(new)
+            case "discard":
+                for each in Tier:
+                    gone = sorted(
+                        (b for b in held[each] if is_at_or_below(b, name_of(path))), reverse=True
+                    )
+                    index.discard(ord(worker), gone, each)
+                    held[each].difference_update(gone)
+            case "replace":
+                index.replace(ord(worker), prefixes(path))
+                naive.held[worker] = {tier: set() for tier in Tier}
+                naive.held[worker][Tier.DEVICE] = set(prefixes(path))
+            case "clear":
+                index.clear(ord(worker))
+                naive.held[worker] = {tier: set() for tier in Tier}
+            case "leave":
+                index.remove(ord(worker))
+                del naive.held[worker]
+            case _:
+                overlap(index, prefixes(path), tier)
+        index.check_invariants()
+    return naive
 
 
 @given(st.lists(operations, max_size=30), st.lists(paths, max_size=5))
-def test_the_index_agrees_with_a_set_for_each_worker(
-    script: list[tuple[str, str, Path]], prompts: list[Path]
+def test_a_roomy_index_agrees_with_sets(
+    script: list[tuple[str, str, Path, Tier]], prompts: list[Path]
 ) -> None:
-    index, naive = BlockIndex(10_000), dict[str, set[int]]()
-    for operation, worker, path in script:
-        if worker not in naive:
-            index.add(ord(worker), MODEL, BLOCK_SIZE_TOKENS)
-            naive[worker] = set()
-        held = naive[worker]
-        match operation:
-            case "store":
-                index.store(ord(worker), prefixes(path))
-                held.update(prefixes(path))
-            case "discard":
-                gone = descendants(held, path)
-                index.discard(ord(worker), gone)
-                held.difference_update(gone)
-            case "replace":
-                index.replace(ord(worker), prefixes(path))
-                naive[worker] = set(prefixes(path))
-            case "clear":
-                index.clear(ord(worker))
-                held.clear()
-            case _:
-                index.remove(ord(worker))
-                del naive[worker]
-        index.check_invariants()
-    assert all(index.held(ord(worker)) == held for worker, held in naive.items())
+    index = BlockIndex(1 << 30)
+    naive = play(index, script)
+    for worker, tiers in naive.held.items():
+        assert {tier: index.held(ord(worker), tier) for tier in Tier} == tiers
+        assert index.evicted_blocks(ord(worker)) == 0
     for prompt in map(prefixes, prompts):
-        expected = {
-            worker: depth
-            for worker, held in naive.items()
-            if (depth := sum(block in held for block in prompt))
-        }
-        assert overlap(index, prompt) == expected
+        for tier in Tier:
+            assert overlap(index, prompt, tier) == naive.overlap(prompt, tier)
 
 
-@given(st.lists(st.tuples(workers, paths), max_size=30), st.integers(1, 20))
-def test_a_full_index_holds_a_prefix_closed_part_within_its_bound(
-    stores: list[tuple[str, Path]], max_blocks: int
+@given(
+    st.lists(operations, min_size=10, max_size=80),
+    st.lists(paths, max_size=5),
+    st.integers(1, 20),
+)
+def test_a_full_index_holds_a_prefix_closed_part_and_counts_the_rest(
+    script: list[tuple[str, str, Path, Tier]], prompts: list[Path], room_blocks: int
 ) -> None:
-    index = index_of(max_blocks=max_blocks, a=[], b=[], c=[], d=[])
-    is_full = set[str]()
-    for worker, path in stores:
-        if worker not in is_full and not index.store(ord(worker), prefixes(path)):
-            is_full.add(worker)
-        index.check_invariants()
-    for worker in "abcd":
-        held = index.held(ord(worker))
-        assert all(block == 1 or block >> 1 in held | {1} for block in held)
+    index = BlockIndex(bytes_of(room_blocks))
+    naive = play(index, script)
+    for worker, tiers in naive.held.items():
+        held = {tier: index.held(ord(worker), tier) for tier in Tier}
+        assert all(held[tier] <= tiers[tier] for tier in Tier)
+        anywhere = set[int]().union(*held.values())
+        assert all(block >> 1 in anywhere | {1} for block in anywhere)
+        forgotten = sum(len(tiers[tier] - held[tier]) for tier in Tier)
+        assert forgotten <= index.evicted_blocks(ord(worker))
+    for prompt in map(prefixes, prompts):
+        most = naive.overlap(prompt, Tier.DISK)
+        for worker, depth in overlap(index, prompt, Tier.DISK).items():
+            assert depth <= most[worker]

@@ -131,7 +131,7 @@ class LossyReceiver:
 async def indexer_on(nats_url: str) -> AsyncIterator[tuple[Indexer, LossyReceiver]]:
     async with connecting(nats_url, "kv_indexer") as nats:
         indexer = Indexer(
-            index=BlockIndex(10_000),
+            index=BlockIndex(1 << 30),
             fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
             fetch_batches=partial(fetch_batches, timeout_seconds=5),
             events_connection=lambda: connection_number(nats),
@@ -367,7 +367,7 @@ async def test_few_workers_are_asked_at_once() -> None:
         return KvSnapshot(1, 1, [worker.instance])
 
     indexer = Indexer(
-        index=BlockIndex(100),
+        index=BlockIndex(1 << 30),
         fetch_snapshot=fetch,
         fetch_batches=partial(fetch_batches, timeout_seconds=5),
         events_connection=lambda: 1,
@@ -426,7 +426,7 @@ async def stub_of(indexer: Indexer) -> AsyncIterator[kv_indexer_pb2_grpc.KvIndex
 
 def indexer_holding(**held: list[int]) -> Indexer:
     """Workers are called w1, w2, ...; nothing is heard of them."""
-    index = BlockIndex(100)
+    index = BlockIndex(1 << 30)
     indexer = Indexer(
         index=index,
         fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
