@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "grpcio": metadata.version("grpcio"),
-        "ai-dynamo": _installed(".venv-dynamo", "ai_dynamo"),
+        "ai-dynamo": dynamo_version(),
         "smg": _installed(".venv-smg", "smg"),
         "wrk": load.version().removeprefix("wrk ").split(" ")[0],
     }
@@ -49,6 +49,11 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.machine()
+
+
+def dynamo_version() -> str:
+    """Of the Dynamo in its environment; "none" without one."""
+    return _installed(".venv-dynamo", "ai_dynamo")
 
 
 def _installed(environment: str, package: str) -> str:

@@ -84,7 +84,7 @@ def _comparison(benchmark: Benchmark) -> str:
                 for _, value, _ in _COLUMNS
             ]
             rows.append(["", f"{OURS} / {name}", *ratios])
-    return _table(["", "", *(name for name, _, _ in _COLUMNS)], rows)
+    return table(["", "", *(name for name, _, _ in _COLUMNS)], rows)
 
 
 def _cpu_by_role(benchmark: Benchmark) -> str:
@@ -108,7 +108,7 @@ def _cpu_by_role(benchmark: Benchmark) -> str:
                 [scenario.name, *cells, f"{cores:.2f}", f"{events:.2f}", f"{generator:.2f}"]
             )
         text += f"\n{name}:\n\n"
-        text += _table(["", *roles, "cores in use", "events per token", "cores of wrk"], rows)
+        text += table(["", *roles, "cores in use", "events per token", "cores of wrk"], rows)
     return text
 
 
@@ -156,7 +156,7 @@ def _ceiling(benchmark: Benchmark) -> str:
         f"Step of one client alone, measured: {', '.join(steps)}. The engine alone, in a process "
         "of its own with steps that take no time and a quarter of the clients as sequences, per "
         "second of CPU time:\n\n"
-        + _table(
+        + table(
             [
                 "",
                 "steps allow tok/s",
@@ -181,7 +181,7 @@ def _failures(benchmark: Benchmark) -> str:
     if not rows:
         return "## Failed requests\n\nNone, in any run of any system.\n"
     header = ["", "", "round", "status 400 or more", "socket errors", "timeouts", "probes"]
-    return f"## Failed requests\n\n{_table(header, rows)}"
+    return f"## Failed requests\n\n{table(header, rows)}"
 
 
 def _failure_counts(run: Run) -> tuple[int, ...]:
@@ -196,7 +196,7 @@ def _cell(pattern: str, value: float) -> str:
     return "" if value != value else pattern.format(value)  # NaN alone differs from itself.
 
 
-def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns without a name hold names; all others hold numbers."""
     names = list(header)
     lines = [names, ["--:" if name else "---" for name in names]]

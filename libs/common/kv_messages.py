@@ -21,6 +21,8 @@ def stored_message(
 
 def chains_of(message: kv_events_pb2.BlocksStored) -> tuple[ChainStart, ...]:
     """The chains of a message, without those that make no sense."""
+    if not message.chain_starts:
+        return ()
     chains = []
     last, end = -1, len(message.sequence_hashes)
     for start, before in zip(message.chain_starts, message.chain_parents, strict=False):

@@ -73,13 +73,11 @@ def _events(message: kv_events_pb2.KvEventBatch) -> Iterator[KvEvent]:
     for event in message.events:
         match event.WhichOneof("event"):
             case "stored" if event.stored.tier in _TIERS:
-                yield BlocksStored(
-                    tuple(event.stored.sequence_hashes),
-                    chains_of(event.stored),
-                    Tier(event.stored.tier),
-                )
+                stored = event.stored
+                # A slice is a list, made much faster than a tuple.
+                yield BlocksStored(stored.sequence_hashes[:], chains_of(stored), Tier(stored.tier))
             case "removed" if event.removed.tier in _TIERS:
-                yield BlocksRemoved(tuple(event.removed.sequence_hashes), Tier(event.removed.tier))
+                yield BlocksRemoved(event.removed.sequence_hashes[:], Tier(event.removed.tier))
             case "cleared":
                 yield CacheCleared()
             case _:

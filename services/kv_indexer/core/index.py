@@ -171,15 +171,13 @@ class _Model:
         only after the one before it was dealt with."""
         if len(hashes) > FEW_BLOCKS:
             # Mostly it is one run: then nothing is done block by block.
-            is_any_known = False
-            for generation in reversed(self.generations):
-                found = list(map(generation.get, hashes))
-                holders = found[0]
-                if holders is not None and found.count(holders) == len(found):
-                    yield generation, holders, hashes
+            in_generation, holders = self.locate(hashes[0])
+            if in_generation is not None:
+                found = list(map(in_generation.get, hashes))
+                if found.count(holders) == len(found):
+                    yield in_generation, holders, hashes
                     return
-                is_any_known = is_any_known or found.count(None) < len(found)
-            if not is_any_known:
+            elif all(each.keys().isdisjoint(hashes) for each in self.generations):
                 yield None, None, hashes
                 return
         start = 0
@@ -301,7 +299,7 @@ class BlockIndex:
                 self._know_set(model, holders)
             else:
                 self._abandoned += holders.blocks
-        if self._abandoned > self._entries // 2:
+        if 4 * self._abandoned > 3 * self._entries:
             self._drop_abandoned()
 
     def replace(
@@ -630,7 +628,10 @@ class BlockIndex:
 
 def _put(generation: _Generation, run: Sequence[SequenceHash], holders: _Holders) -> int:
     """Gives blocks these holders. How many blocks: some may be named twice."""
-    blocks = dict.fromkeys(run, holders)
-    generation.update(blocks)
-    holders.blocks += len(blocks)
-    return len(blocks)
+    blocks_before = len(generation)
+    for sequence_hash in run:
+        generation[sequence_hash] = holders
+    # They were all there, or none was.
+    blocks = len(generation) - blocks_before or len(set(run))
+    holders.blocks += blocks
+    return blocks

@@ -1,0 +1,1 @@
+"""The KV index beside NVIDIA Dynamo's radix tree."""

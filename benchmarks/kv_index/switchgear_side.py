@@ -1,0 +1,53 @@
+"""Switchgear's index, from messages as they come from NATS."""
+
+from benchmarks.kv_index.cases import Chain
+from libs.common.kv_events import BlocksRemoved, BlocksStored
+from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.events import from_message
+from switchgear.kv_events.v1 import kv_events_pb2
+
+MODEL, BLOCK_SIZE_TOKENS = "model", 16
+
+
+class SwitchgearSide:
+    def __init__(self) -> None:
+        self._index = BlockIndex(max_bytes=4 << 30)
+
+    def stored_event(self, chain: Chain) -> bytes:
+        stored = kv_events_pb2.BlocksStored(
+            sequence_hashes=chain.sequence_hashes, tier=kv_events_pb2.TIER_DEVICE
+        )
+        return _batch(kv_events_pb2.KvEvent(stored=stored))
+
+    def removed_event(self, chain: Chain) -> bytes:
+        removed = kv_events_pb2.BlocksRemoved(
+            sequence_hashes=chain.sequence_hashes[::-1], tier=kv_events_pb2.TIER_DEVICE
+        )
+        return _batch(kv_events_pb2.KvEvent(removed=removed))
+
+    def add(self, worker: int) -> None:
+        self._index.add(worker, MODEL, BLOCK_SIZE_TOKENS)
+
+    def apply(self, worker: int, event: bytes) -> None:
+        batch = from_message(kv_events_pb2.KvEventBatch.FromString(event))
+        for change in batch.events:
+            match change:
+                case BlocksStored(hashes, chains, tier):
+                    self._index.store(worker, hashes, chains, tier)
+                case BlocksRemoved(hashes, tier):
+                    self._index.discard(worker, hashes, tier)
+
+    def overlap(self, chain: Chain) -> dict[int, int]:
+        return self._index.overlap(MODEL, BLOCK_SIZE_TOKENS, chain.sequence_hashes)
+
+    def remove(self, worker: int) -> None:
+        self._index.remove(worker)
+
+    def settle(self) -> None:
+        """Nothing is done in the background."""
+
+
+def _batch(event: kv_events_pb2.KvEvent) -> bytes:
+    return kv_events_pb2.KvEventBatch(
+        instance_id=1, model=MODEL, block_size_tokens=BLOCK_SIZE_TOKENS, events=[event]
+    ).SerializeToString()
