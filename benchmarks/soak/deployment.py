@@ -11,6 +11,9 @@ _STEP_MS = 4.0
 _KV_TOKENS = 65_536
 """Little, so that all caches and indexes are full long before the end of the warm-up."""
 
+_KV_LEASE_SECONDS = 5
+"""So that what clients left on their way from prefill to decode is gone soon."""
+
 
 def make_deployment(model: Path, http_port: int) -> Deployment:
     kv = ("--sim-kv-tokens", str(_KV_TOKENS))
@@ -23,5 +26,8 @@ def make_deployment(model: Path, http_port: int) -> Deployment:
         routers=2,
         http_port=http_port,
         sim_step_ms=_STEP_MS,
-        flags={"prefill_worker": kv, "decode_worker": kv},
+        flags={
+            "prefill_worker": (*kv, "--kv-lease-seconds", str(_KV_LEASE_SECONDS)),
+            "decode_worker": kv,
+        },
     )
