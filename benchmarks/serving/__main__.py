@@ -42,7 +42,10 @@ def run(
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help=f"Only these of {', '.join(systems.START)}; repeatable."),
+        typer.Option(
+            help=f"Of {', '.join(systems.START)}; repeatable. "
+            f"Without: {', '.join(systems.COMPARED)}."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each scenario and system.")] = 3,
     seconds: Annotated[int, typer.Option(min=2, help="Length of a run.")] = 8,
@@ -57,7 +60,7 @@ def run(
         for one in (scenarios.QUICK if quick else scenarios.FULL)
         if not scenario or any(part in one.name for part in scenario)
     ]
-    names = system or list(systems.START)
+    names = system or list(systems.COMPARED)
     if unknown := [name for name in names if name not in systems.START]:
         raise typer.BadParameter(f"no system {unknown[0]!r}, only: {', '.join(systems.START)}")
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -78,7 +78,7 @@ def _comparison(benchmark: Benchmark) -> str:
             cells = [_cell(pattern, median(runs, value)) for _, value, pattern in _COLUMNS]
             rows.append(["" if number else scenario.name, name, *cells])
         ours = measured.pop(OURS, [])
-        for name, theirs in measured.items():
+        for name, theirs in measured.items() if ours else ():
             ratios = [
                 _cell("**{:.2f}**", _ratio(median(ours, value), median(theirs, value)))
                 for _, value, _ in _COLUMNS

@@ -47,8 +47,11 @@ class System:
         return roles
 
 
-def start_switchgear(cluster: LocalCluster, model: Path, *, step_ms: float) -> System:
+def start_switchgear(
+    cluster: LocalCluster, model: Path, *, step_ms: float, frontends: int = 1, routers: int = 1
+) -> System:
     """As `make up ENGINE=sim SIM_STEP_MS=6 PREFILL=0 DECODE=4` does. Returns when it serves."""
+    name = SWITCHGEAR if frontends == routers == 1 else f"{SWITCHGEAR} {frontends}+{routers}"
     take_port = FreePorts().take
     deployment = Deployment(
         engine="sim",
@@ -56,6 +59,8 @@ def start_switchgear(cluster: LocalCluster, model: Path, *, step_ms: float) -> S
         model_name=_MODEL_NAME,
         prefill=0,
         decode=WORKERS,
+        frontends=frontends,
+        routers=routers,
         http_port=take_port(),
         sim_step_ms=step_ms,
         flags={
@@ -68,7 +73,7 @@ def start_switchgear(cluster: LocalCluster, model: Path, *, step_ms: float) -> S
         },
     )
     return _started(
-        SWITCHGEAR,
+        name,
         cluster,
         topology.processes(deployment, cluster.run_dir, take_port),
         deployment,
@@ -219,10 +224,16 @@ SWITCHGEAR, DYNAMO, DYNAMO_AS_SHIPPED, SMG_NAME = "switchgear", "dynamo", "dynam
 START: dict[str, Callable[..., System]] = {
     SWITCHGEAR: start_switchgear,
     DYNAMO: start_dynamo,
-    DYNAMO_AS_SHIPPED: partial(start_dynamo, is_quiet=False),
     SMG_NAME: start_smg,
+    DYNAMO_AS_SHIPPED: partial(start_dynamo, is_quiet=False),
+    f"{SWITCHGEAR} 2+1": partial(start_switchgear, frontends=2),
+    f"{SWITCHGEAR} 1+2": partial(start_switchgear, routers=2),
+    f"{SWITCHGEAR} 2+2": partial(start_switchgear, frontends=2, routers=2),
 }
-"""By the name that a system has in results."""
+"""By the name that a system has in results; 2+1 is with two frontends and one router."""
+
+COMPARED = (SWITCHGEAR, DYNAMO, SMG_NAME)
+"""Unless others are asked for."""
 
 
 def make_model_folder(folder: Path, report: Callable[[str], None]) -> Path:

@@ -19,11 +19,11 @@ import typer
 
 from benchmarks.serving.systems import DYNAMO_PYTHON
 from benchmarks.soak import report
-from benchmarks.soak.deployment import CLIENTS, make_deployment
+from benchmarks.soak.deployment import CLIENTS, make_deployment, processes
 from benchmarks.soak.results import Sample
 from benchmarks.soak.run import NotQuiet, soak
 from benchmarks.soak.verdict import leaks
-from deploy.local import default_model, topology
+from deploy.local import default_model
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.ports import FreePorts
 from deploy.local.topology import REPOSITORY
@@ -50,7 +50,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="switchgear-soak-") as folder:
         run_dir = Path(folder)
         with LocalCluster(run_dir) as cluster:
-            cluster.start(topology.processes(deployment, run_dir, take_port))
+            cluster.start(processes(deployment, run_dir, take_port))
             cluster.wait_ready(_READY_SECONDS)
             outcome = asyncio.run(
                 soak(

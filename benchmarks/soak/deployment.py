@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from deploy.local import topology
+from deploy.local.process import ProcessSpec
 from deploy.local.topology import Deployment
 
 CLIENTS = 64
@@ -31,3 +34,19 @@ def make_deployment(model: Path, http_port: int) -> Deployment:
             "decode_worker": kv,
         },
     )
+
+
+def processes(
+    deployment: Deployment, run_dir: Path, take_port: Callable[[], int]
+) -> list[ProcessSpec]:
+    """Those of the deployment, each service within `benchmarks.soak.collecting`."""
+    return [_collecting(spec) for spec in topology.processes(deployment, run_dir, take_port)]
+
+
+def _collecting(spec: ProcessSpec) -> ProcessSpec:
+    match spec.command:
+        case (python, "-m", module, *rest) if module.startswith("services."):
+            command = (python, "-m", "benchmarks.soak.collecting", module, *rest)
+            return spec.model_copy(update={"command": command})
+        case _:
+            return spec

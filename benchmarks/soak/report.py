@@ -56,7 +56,8 @@ def _services(soak: Soak) -> str:
     header = ["RSS after warm-up, MB", "most", "at the end", "bytes a request", *_COUNTS.values()]
     return (
         "Growth is the median of the slopes between all pairs of samples in the last half of the "
-        "requests. Counts are when nobody asks: after the warm-up → at the end.\n\n"
+        "requests; services collect garbage every few seconds here. "
+        "Counts are when nobody asks: after the warm-up → at the end.\n\n"
         + _table(["", *header, "left of requests"], rows)
     )
 

@@ -20,7 +20,7 @@ from libs.common.tasks import background
 QUIET_SECONDS = 60.0
 """How long what is left of requests may take to go. KV that nobody pulls is kept for 30 s."""
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 _KEPT_SAMPLES = 300
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak.deployment import CLIENTS, make_deployment
+from benchmarks.soak.deployment import CLIENTS, make_deployment, processes
 from benchmarks.soak.run import soak
 from benchmarks.soak.verdict import leaks
-from deploy.local import topology
 from deploy.local.cluster import LocalCluster
 from deploy.local.ports import FreePorts
 
@@ -25,7 +24,7 @@ async def test_nothing_is_left_of_thousands_of_requests(
     take_port = FreePorts().take
     deployment = make_deployment(tokenizer_folder, take_port())
     with LocalCluster(tmp_path) as cluster:
-        cluster.start(topology.processes(deployment, tmp_path, take_port))
+        cluster.start(processes(deployment, tmp_path, take_port))
         cluster.wait_ready(60)
         outcome = await soak(
             cluster,
