@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 
@@ -51,6 +51,35 @@ class Prompt(Enum):
     """A prefill worker has, and its KV waits to be pulled."""
 
 
+class Handover(Enum):
+    """Why a prompt is computed where it is."""
+
+    REMOTE = "remote"
+    """By a prefill worker."""
+    NO_PREFILL_WORKER = "no_prefill_worker"
+    """By the decode worker: there is no prefill worker that it can pull from."""
+    SHORT = "short"
+    """By the decode worker, where few of its tokens are uncached."""
+    HELD = "held"
+    """By the decode worker, which holds most of it."""
+    PREFILL_FAILED = "prefill_failed"
+    """By the decode worker, after the prefill leg had failed."""
+    COMPUTED = "computed"
+    """It has been computed; this decision is on a decode worker alone."""
+
+
+class Pick(Enum):
+    """Why a candidate won."""
+
+    LOWEST = "lowest"
+    TIE = "tie"
+    """By lot among several of the lowest cost."""
+    DRAWN = "drawn"
+    """With odds by cost."""
+    PINNED = "pinned"
+    """The request named it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a decision depends on."""
@@ -60,6 +89,9 @@ class Request:
     block_size_tokens: int
     """That the overlaps are counted in; workers of another block size count as holding nothing."""
     excluded: Collection[InstanceId] = ()
+    pinned: Mapping[Role, InstanceId] = field(default_factory=dict)
+    """Who must run a leg, whatever it costs. With a prefill worker in it the prompt is handed over,
+    whatever that costs."""
     prompt: Prompt = Prompt.OPEN
 
 
@@ -90,6 +122,13 @@ class Decision:
     """None when the decode worker computes the prompt."""
     decode_candidates: Sequence[Candidate]
     prefill_candidates: Sequence[Candidate]
+    handover: Handover
+    whole: Candidate
+    """The decode worker that was best for the whole request, which `handover` depends on."""
+    whole_candidates: Sequence[Candidate]
+    decode_pick: Pick
+    whole_pick: Pick
+    prefill_pick: Pick | None = None
 
 
 Overlaps = Mapping[InstanceId, int]
@@ -101,7 +140,7 @@ def decide(
 ) -> Decision | None:
     """Chooses the decode worker, and a prefill worker if handing over the prompt pays.
 
-    None when no decode worker can take the request.
+    None when no decode worker can take the request, or a pinned worker can't.
     """
     eligible = [
         worker
@@ -111,32 +150,60 @@ def decide(
         and worker.instance_id not in request.excluded
     ]
     decoders = _of(Role.DECODE, eligible)
-    if not decoders:
+    if not decoders or _lacks_pinned(request, Role.DECODE, decoders):
         return None
     is_local = request.prompt is not Prompt.COMPUTED
     whole = _ranked(request, decoders, overlaps, policy, is_prefill_local=is_local)
-    local = _draw(whole, policy, random)
-    takers = {worker.transfer_backend for worker in decoders} - {""}
-    givers = [w for w in _of(Role.PREFILL, eligible) if w.transfer_backend in takers]
-    if request.prompt is not Prompt.OPEN or not givers or is_short(request, local, policy):
-        return Decision(local, None, whole, ())
+    local, local_pick = _draw(request, whole, policy, random)
+    takers = [local.worker] if Role.DECODE in request.pinned else decoders
+    backends = {worker.transfer_backend for worker in takers} - {""}
+    givers = [w for w in _of(Role.PREFILL, eligible) if w.transfer_backend in backends]
+    if request.prompt is Prompt.OPEN and _lacks_pinned(request, Role.PREFILL, givers):
+        return None
+    handover = _handover(request, local, policy, has_prefill_worker=bool(givers))
+    if handover is not Handover.REMOTE:
+        return Decision(local, None, whole, (), handover, local, whole, local_pick, local_pick)
     prefills = _ranked(request, givers, overlaps, policy, is_prefill_local=True)
-    prefill = _draw(prefills, policy, random)
+    prefill, prefill_pick = _draw(request, prefills, policy, random)
     backend = prefill.worker.transfer_backend
     pullers = [w for w in decoders if w.transfer_backend == backend]
     decodes = _ranked(request, pullers, overlaps, policy, is_prefill_local=False)
-    return Decision(_draw(decodes, policy, random), prefill, decodes, prefills)
-
-
-def is_short(request: Request, local: Candidate, policy: Policy) -> bool:
-    """Whether the decode worker that is best for the whole request had better compute what it does
-    not hold of the prompt, rather than wait for a prefill worker."""
-    uncached = local.new_prefill_tokens
-    cached = request.prompt_tokens - uncached
-    return (
-        uncached < policy.min_remote_prefill_tokens
-        or cached >= policy.max_local_overlap * request.prompt_tokens
+    decode, decode_pick = _draw(request, decodes, policy, random)
+    return Decision(
+        decode,
+        prefill,
+        decodes,
+        prefills,
+        handover,
+        local,
+        whole,
+        decode_pick,
+        local_pick,
+        prefill_pick,
     )
+
+
+def _handover(
+    request: Request, local: Candidate, policy: Policy, *, has_prefill_worker: bool
+) -> Handover:
+    """Who computes the prompt, given the decode worker that is best for the whole request: it had
+    better compute what it does not hold if that is little, rather than wait for somebody else."""
+    match request.prompt:
+        case Prompt.LOCAL:
+            return Handover.PREFILL_FAILED
+        case Prompt.COMPUTED:
+            return Handover.COMPUTED
+    if not has_prefill_worker:
+        return Handover.NO_PREFILL_WORKER
+    if Role.PREFILL in request.pinned:
+        return Handover.REMOTE
+    uncached = local.new_prefill_tokens
+    if uncached < policy.min_remote_prefill_tokens:
+        return Handover.SHORT
+    cached = request.prompt_tokens - uncached
+    if cached >= policy.max_local_overlap * request.prompt_tokens:
+        return Handover.HELD
+    return Handover.REMOTE
 
 
 def candidate(
@@ -160,6 +227,11 @@ def _of(role: Role, workers: Iterable[Worker]) -> list[Worker]:
     return [worker for worker in workers if worker.role is role]
 
 
+def _lacks_pinned(request: Request, role: Role, workers: Iterable[Worker]) -> bool:
+    pinned = request.pinned.get(role)
+    return pinned is not None and all(worker.instance_id != pinned for worker in workers)
+
+
 def _ranked(
     request: Request,
     workers: Iterable[Worker],
@@ -177,15 +249,19 @@ def _ranked(
     )
 
 
-def _draw(ranked: Sequence[Candidate], policy: Policy, random: Random) -> Candidate:
-    """One of at least one candidate, cheapest first."""
+def _draw(
+    request: Request, ranked: Sequence[Candidate], policy: Policy, random: Random
+) -> tuple[Candidate, Pick]:
+    """One of at least one candidate, cheapest first, and why it is this one."""
+    if (pinned := request.pinned.get(ranked[0].worker.role)) is not None:
+        return next(c for c in ranked if c.worker.instance_id == pinned), Pick.PINNED
     cheapest = ranked[0].cost
     spread = ranked[-1].cost - cheapest
     if policy.temperature <= 0 or spread <= 0:
         ties = [candidate for candidate in ranked if candidate.cost == cheapest]
-        return random.choice(ties)
+        return (ties[0], Pick.LOWEST) if len(ties) == 1 else (random.choice(ties), Pick.TIE)
     weights = [
         math.exp((cheapest - candidate.cost) / (policy.temperature * spread))
         for candidate in ranked
     ]
-    return random.choices(ranked, weights)[0]
+    return random.choices(ranked, weights)[0], Pick.DRAWN

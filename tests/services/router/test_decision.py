@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.core.decision import Decision, Overlaps, Policy, Prompt, Request, decide
+from services.router.core.decision import (
+    Decision,
+    Handover,
+    Overlaps,
+    Pick,
+    Policy,
+    Prompt,
+    Request,
+    decide,
+)
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
 POLICY = Policy()
@@ -141,6 +152,56 @@ def test_temperature_gives_dearer_workers_a_chance() -> None:
     chosen = [_numbers(decide(SHORT, workers, {}, policy, Random(seed)))[1] for seed in range(300)]
     assert 1 > chosen.count(2) / len(chosen) > 0.1
     assert chosen.count(1) > chosen.count(2)
+
+
+def test_a_decision_says_why_the_prompt_is_computed_where_it_is() -> None:
+    workers = [worker(1, Role.PREFILL), worker(2)]
+
+    def why(request: Request, workers: list[Worker], overlap: int = 0) -> Handover:
+        decision = decide(request, workers, {InstanceId(2): overlap}, POLICY, Random(0))
+        assert decision is not None
+        return decision.handover
+
+    assert why(LONG, workers) is Handover.REMOTE
+    assert why(SHORT, workers) is Handover.SHORT
+    assert why(LONG, workers[1:]) is Handover.NO_PREFILL_WORKER
+    longer = replace(LONG, prompt_tokens=10_000)
+    assert why(longer, workers, 800) is Handover.HELD
+    assert why(replace(LONG, prompt=Prompt.LOCAL), workers) is Handover.PREFILL_FAILED
+    assert why(replace(LONG, prompt=Prompt.COMPUTED), workers) is Handover.COMPUTED
+
+
+def test_a_decision_says_why_the_worker_won() -> None:
+    def why(workers: list[Worker], policy: Policy = POLICY, **options: Any) -> Pick:
+        decision = decide(replace(SHORT, **options), workers, {}, policy, Random(0))
+        assert decision is not None
+        return decision.decode_pick
+
+    dear = worker(2, active=10)
+    assert why([worker(1), dear]) is Pick.LOWEST
+    assert why([worker(1), worker(2)]) is Pick.TIE
+    assert why([worker(1), dear], Policy(temperature=0.1)) is Pick.DRAWN
+    assert why([worker(1), dear], pinned={Role.DECODE: InstanceId(2)}) is Pick.PINNED
+
+
+def test_a_pinned_worker_wins_whatever_it_costs() -> None:
+    workers = [worker(1, Role.PREFILL), worker(2), worker(3, queued=5000, active=500)]
+    pinned = {Role.DECODE: InstanceId(3)}
+    assert choose(replace(SHORT, pinned=pinned), workers) == (None, 3)
+    assert choose(replace(LONG, pinned=pinned), workers) == (1, 3)
+
+
+def test_a_pinned_prefill_worker_gets_even_a_short_prompt() -> None:
+    workers = [worker(1, Role.PREFILL, queued=5000), worker(2, Role.PREFILL), worker(3)]
+    assert choose(replace(SHORT, pinned={Role.PREFILL: InstanceId(1)}), workers) == (1, 3)
+
+
+def test_a_pinned_worker_that_cannot_serve_leaves_nobody() -> None:
+    gone = worker(3)
+    gone.is_available = False
+    workers = [worker(1, Role.PREFILL, backend="sim"), worker(2), gone]
+    for pinned in ({Role.DECODE: InstanceId(3)}, {Role.PREFILL: InstanceId(1)}):
+        assert choose(replace(LONG, pinned=pinned), workers) == (None, None)
 
 
 fleets = st.lists(
