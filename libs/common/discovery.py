@@ -51,6 +51,8 @@ class Table(Generic[T]):
 
     def __init__(self) -> None:
         self.entries: dict[Key, T] = {}
+        self.revision = 0
+        """Of etcd, up to which it has been followed; 0 before it was first read."""
         self.was_read = asyncio.Event()
         """Set once etcd has been read in full."""
         self._listeners: list[Callable[[], None]] = []
@@ -63,10 +65,11 @@ class Table(Generic[T]):
         """All entries, in no order."""
         return self.entries.values()
 
-    def replace(self, entries: dict[Key, T]) -> None:
+    def replace(self, entries: dict[Key, T], revision: int = 0) -> None:
         """Sets everything at once, as a watcher or a test does."""
         changed = entries != self.entries
         self.entries = entries
+        self.revision = max(revision, self.revision)
         self.was_read.set()
         if changed:
             for listener in self._listeners:
@@ -156,6 +159,23 @@ class Discovery:
             if (await lease.refresh()).TTL <= 0:
                 return
 
+    async def put(self, key: str, message: Message | None) -> int:
+        """Writes an entry that stays, such as "config/router/temperature", or removes it (None).
+
+        Returns the revision of the change, which tables come to have; 0 when there was nothing to
+        remove. Raises ConnectionError.
+        """
+        name = (self._root + key).encode()
+        try:
+            async with self._client() as client:
+                if message is None:
+                    deleted = await client.delete(name)
+                    return deleted.header.revision if deleted else 0
+                written = await client.put(name, _to_json(message))
+                return int(written.header.revision)
+        except (aetcd.ClientError, OSError, TimeoutError) as error:
+            raise ConnectionError(f"etcd at {self._url}: {error!r}") from error
+
     @asynccontextmanager
     async def watching(self, prefix: str, message: type[T]) -> AsyncIterator[Table[T]]:
         """A table of what is under `prefix` (such as "models/"), kept up to date while the body
@@ -181,12 +201,17 @@ class Discovery:
         found = await client.get_prefix(root)
         entries: dict[Key, T] = {}
         for item in found:
-            if (value := _parse(item.key, item.value, message)) is not None:
-                entries[_key(root, item.key)] = value
+            key = _key(root, item.key)
+            # What can't be read leaves the entry as it was.
+            value = _parse(item.key, item.value, message)
+            if value is None:
+                value = table.entries.get(key)
+            if value is not None:
+                entries[key] = value
         # After an outage an empty etcd says nothing yet about who is alive: processes re-register
         # within a keep-alive. What is missing is dropped only if it stays away that long.
         missing = {key: value for key, value in table.entries.items() if key not in entries}
-        table.replace({**missing, **entries})
+        table.replace({**missing, **entries}, found.header.revision)
         watch = await client.watch_prefix(root, start_revision=found.header.revision + 1)
         async with background(_drop_later(table, missing)):
             async for event in watch:
@@ -198,7 +223,7 @@ class Discovery:
                 elif (value := _parse(event.kv.key, event.kv.value, message)) is not None:
                     changed[key] = value
                     missing.pop(key, None)
-                table.replace(changed)
+                table.replace(changed, event.kv.mod_revision)
 
 
 async def _drop_later(table: Table[T], missing: Mapping[Key, T]) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
 from libs.common.config import ServiceSettings
 from services.router.core.decision import Policy
+from services.router.core.policies import KV, POLICIES
+
+
+def known_policy(name: str) -> str:
+    """The name of a policy that there is. Raises ValueError, naming those."""
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; there are {', '.join(sorted(POLICIES))}")
+    return name
+
+
+PolicyName = Annotated[str, AfterValidator(known_policy)]
 
 
 class RouterSettings(ServiceSettings):
@@ -14,13 +27,19 @@ class RouterSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_ROUTER_")
 
-    prefill_weight: float = Field(default=1.0, ge=0)
+    prefill_policy: PolicyName = KV
+    """How prefill workers are chosen."""
+
+    decode_policy: PolicyName = KV
+    """How decode workers are chosen."""
+
+    prefill_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Price of a prompt token to compute. Higher: more cache reuse, less even load."""
 
-    decode_weight: float = Field(default=1.0, ge=0)
+    decode_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Price of a token's KV held while decoding. Higher: more even load, less cache reuse."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the cheapest worker; above, dearer ones get a chance, too."""
 
     min_remote_prefill_tokens: int = Field(default=256, ge=1)
@@ -38,10 +57,18 @@ class RouterSettings(ServiceSettings):
     window_responses: int = Field(default=32, ge=1)
     """Messages a worker may have on their way before it waits for us and merges steps."""
 
+    explained_decisions: int = Field(default=1000, ge=0)
+    """Decisions that ExplainDecision remembers."""
+
+    estimate_ttl_seconds: float = Field(default=120.0, gt=0)
+    """How long a worker without KV events is believed to hold a prompt that it was given."""
+
     @property
     def policy(self) -> Policy:
         """The part that decisions depend on."""
         return Policy(
+            prefill_policy=self.prefill_policy,
+            decode_policy=self.decode_policy,
             prefill_weight=self.prefill_weight,
             decode_weight=self.decode_weight,
             temperature=self.temperature,

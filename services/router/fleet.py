@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from libs.common import logs
 from libs.common.discovery import Discovery, Table
 from libs.common.grpc_server import CHANNEL_OPTIONS
+from services.router.core.estimated_holdings import EstimatedHoldings
 from services.router.core.workers import InstanceId, Role, Worker
 from services.router.worker_link import WorkerLink
 from switchgear.discovery.v1 import discovery_pb2
@@ -34,9 +36,12 @@ class Member:
     that has left discovery drains: it gets nothing new, and is forgotten when its session ends.
     """
 
-    def __init__(self, worker: Worker, address: str) -> None:
+    def __init__(self, worker: Worker, address: str, files_checksum: str) -> None:
         self.worker = worker
         self.address = address
+        self.files_checksum = files_checksum
+        self.has_common_files = True
+        """Whether most workers of the model have the same tokenizer and template."""
         self.is_listed = True
         self._is_connected = False
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -91,8 +96,15 @@ class Fleet:
         self,
         instances: Table[discovery_pb2.Instance],
         cards: Table[discovery_pb2.ModelCard],
+        estimate_ttl_seconds: float = 120.0,
     ) -> None:
+        """`estimate_ttl_seconds`: how long a worker without KV events is believed to hold what it
+        was given."""
         self.members: dict[InstanceId, Member] = {}
+        self.estimated: list[Worker] = []
+        """Those whose holdings are estimated, since no KV events tell."""
+        self._estimate_ttl_seconds = estimate_ttl_seconds
+        self._gone_listeners: list[Callable[[Worker], None]] = []
         self._instances = instances
         self._cards = cards
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,6 +121,22 @@ class Fleet:
         """Whether anybody serves the model, ready or not."""
         return any(card.model == model for card in self._cards.values())
 
+    def has_events(self, model: str) -> bool:
+        """Whether KV events tell what any worker of the model holds."""
+        return any(
+            member.worker.model == model and member.worker.holdings is None
+            for member in self.members.values()
+        )
+
+    def has_common_files(self, worker: Worker) -> bool:
+        """Whether the worker's tokenizer and template are those of most that serve its model."""
+        member = self.members.get(worker.instance_id)
+        return member is None or member.has_common_files
+
+    def on_gone(self, listener: Callable[[Worker], None]) -> None:
+        """Calls the listener with every worker that is forgotten, from now on."""
+        self._gone_listeners.append(listener)
+
     def _reconcile(self) -> None:
         listed = {InstanceId(card.instance_id): card for card in self._cards.values()}
         addresses = {item.instance_id: item for item in self._instances.values()}
@@ -124,6 +152,12 @@ class Fleet:
         for instance_id, member in self.members.items():
             if instance_id not in listed:
                 member.set_listed(False)
+        files = Counter((m.worker.model, m.files_checksum) for m in self.members.values())
+        models = Counter(member.worker.model for member in self.members.values())
+        for member in self.members.values():
+            model = member.worker.model
+            alike = files[model, member.files_checksum]
+            member.has_common_files = 2 * alike > models[model]
 
     def _add(
         self,
@@ -139,13 +173,22 @@ class Fleet:
             block_size_tokens=card.kv_block_size_tokens,
             transfer_backend=card.transfer_backend,
         )
-        member = self.members[instance_id] = Member(worker, instance.address)
+        if not card.publishes_kv_events:
+            worker.holdings = EstimatedHoldings(
+                capacity_blocks=max(1, card.total_kv_blocks),
+                ttl_seconds=self._estimate_ttl_seconds,
+            )
+            self.estimated.append(worker)
+        member = self.members[instance_id] = Member(worker, instance.address, card.files_checksum)
         task = asyncio.create_task(member.run(), name=f"worker {instance.name}")
         self._tasks.add(task)
 
         def forget(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
             self.members.pop(instance_id, None)
+            self.estimated = [other for other in self.estimated if other is not worker]
+            for listener in self._gone_listeners:
+                listener(worker)
             if not done.cancelled() and (error := done.exception()) is not None:
                 log.error("worker session failed", worker=instance.name, exc_info=error)
             self._reconcile()
@@ -162,13 +205,15 @@ class Fleet:
 
 
 @asynccontextmanager
-async def watching_workers(discovery: Discovery) -> AsyncIterator[Fleet]:
+async def watching_workers(
+    discovery: Discovery, estimate_ttl_seconds: float
+) -> AsyncIterator[Fleet]:
     """Follows the workers of the namespace while the body runs."""
     async with (
         discovery.watching("instances/", discovery_pb2.Instance) as instances,
         discovery.watching("models/", discovery_pb2.ModelCard) as cards,
     ):
-        fleet = Fleet(instances, cards)
+        fleet = Fleet(instances, cards, estimate_ttl_seconds)
         try:
             yield fleet
         finally:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+from google.protobuf import struct_pb2
 
 from libs.common.discovery import Discovery
 from libs.common.service import offering, until_idle
 from services.router.config import RouterSettings
+from services.router.degraded import Degraded
 from services.router.fleet import watching_workers
+from services.router.live_settings import LiveSettings
 from services.router.overlap_client import asking_indexers
 from services.router.servicer import RouterServicer
 from switchgear.discovery.v1 import discovery_pb2
@@ -21,11 +24,13 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Routes until told to stop, then lets running requests finish."""
     discovery = Discovery(settings.etcd_url, settings.namespace)
+    degraded = Degraded()
     async with (
-        watching_workers(discovery) as fleet,
-        asking_indexers(discovery, settings.overlap_timeout_seconds) as overlaps,
+        watching_workers(discovery, settings.estimate_ttl_seconds) as fleet,
+        asking_indexers(discovery, settings.overlap_timeout_seconds, degraded) as overlaps,
+        discovery.watching("config/router/", struct_pb2.Value) as live,
     ):
-        servicer = RouterServicer(fleet, overlaps, settings)
+        servicer = RouterServicer(fleet, overlaps, LiveSettings(settings, live), degraded)
 
         def add_services(server: grpc.aio.Server) -> None:
             router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
-from prometheus_client import Gauge
 
 from libs.common import logs
 from libs.common.discovery import Discovery, Table
@@ -16,6 +15,7 @@ from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
 from services.router.core.workers import InstanceId
+from services.router.degraded import NO_KV_INDEXER, Degraded
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.router.v1 import router_pb2
@@ -24,34 +24,39 @@ log = logs.get(__name__)
 
 MAX_QUERIES_A_CALL = 256
 
-DEGRADED = Gauge(
-    "switchgear_router_degraded",
-    "1 while routing lacks what it needs and falls back to load alone",
-    ["reason"],
-)
+SOURCE = "kv_indexer"
+"""As which it reports what it lacks."""
 
 
 class OverlapClient:
     """A queue of questions, and one call at a time that takes them all along.
 
-    Without an indexer that answers in time the overlaps are empty, and routing goes by load alone:
-    that is never an error to the client.
+    Without an indexer that answers in time the overlaps are not known, and routing goes by load
+    alone: that is never an error to the client.
     """
 
-    def __init__(self, indexers: Table[discovery_pb2.Instance], timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        indexers: Table[discovery_pb2.Instance],
+        timeout_seconds: float,
+        degraded: Degraded,
+    ) -> None:
         self._indexers = indexers
+        self._degraded = degraded
         self._timeout_seconds = timeout_seconds
-        self._waiting: list[tuple[kv_indexer_pb2.OverlapQuery, asyncio.Future[Overlaps]]] = []
+        self._waiting: list[
+            tuple[kv_indexer_pb2.OverlapQuery, asyncio.Future[Overlaps | None]]
+        ] = []
         self._news = asyncio.Event()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._failed_at: dict[str, float] = {}
         """When an indexer last failed to answer, in the event loop's seconds."""
-        DEGRADED.labels("no_kv_indexer").set(0)
 
-    async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
-        """Overlaps of each prompt, in order. Takes no longer than a few times the timeout."""
+    async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps | None]:
+        """Overlaps of each prompt, in order; None when they can't be known. Takes no longer than a
+        few times the timeout."""
         loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[Overlaps]] = [loop.create_future() for _ in queries]
+        futures: list[asyncio.Future[Overlaps | None]] = [loop.create_future() for _ in queries]
         self._waiting.extend(zip(queries, futures, strict=True))
         self._news.set()
         return [await future for future in futures]
@@ -77,7 +82,9 @@ class OverlapClient:
             for channel in self._channels.values():
                 await channel.close()
 
-    async def _ask(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps]:
+    async def _ask(
+        self, queries: Sequence[kv_indexer_pb2.OverlapQuery]
+    ) -> Sequence[Overlaps | None]:
         request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
         addresses = {indexer.address for indexer in self._indexers.values()}
         for gone in self._channels.keys() - addresses:
@@ -99,12 +106,14 @@ class OverlapClient:
                         log.warning("indexer answered nonsense", address=address, error=str(error))
                     else:
                         del self._failed_at[address]
-                        self._set_degraded(False)
+                        self._degraded.report(
+                            SOURCE, [lacking.reason for lacking in response.degraded_reasons]
+                        )
                         return answers
         except TimeoutError:
             log.debug("indexers too slow", timeout_seconds=self._timeout_seconds)
-        self._set_degraded(True)
-        return [{} for _ in queries]
+        self._degraded.report(SOURCE, [NO_KV_INDEXER])
+        return [None] * len(queries)
 
     def _stub(self, address: str) -> kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub:
         channel = self._channels.get(address)
@@ -115,15 +124,6 @@ class OverlapClient:
             kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
         )
         return stub
-
-    def _set_degraded(self, is_degraded: bool) -> None:
-        gauge = DEGRADED.labels("no_kv_indexer")
-        if is_degraded != bool(gauge._value.get()):
-            gauge.set(is_degraded)
-            if is_degraded:
-                log.warning("no KV indexer answers: routing by load alone")
-            else:
-                log.info("KV indexer answers: routing by overlap again")
 
 
 def query_of(routing: router_pb2.RoutingRequest) -> kv_indexer_pb2.OverlapQuery:
@@ -147,10 +147,10 @@ def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> lis
 
 @asynccontextmanager
 async def asking_indexers(
-    discovery: Discovery, timeout_seconds: float
+    discovery: Discovery, timeout_seconds: float, degraded: Degraded
 ) -> AsyncIterator[OverlapClient]:
     """A client of whatever indexers the namespace has, while the body runs."""
     async with discovery.watching("instances/kv_indexer/", discovery_pb2.Instance) as indexers:
-        client = OverlapClient(indexers, timeout_seconds)
+        client = OverlapClient(indexers, timeout_seconds, degraded)
         async with background(client.run()):
             yield client

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from random import Random
 from typing import Any
 
 import grpc
@@ -23,19 +22,19 @@ from libs.common.credit import Credit
 from libs.common.errors import (
     DeadlineExceeded,
     InternalError,
-    ModelNotFound,
-    NoLiveInstance,
     ProtocolViolation,
     SwitchgearError,
     WorkerLost,
 )
 from services.router.config import RouterSettings
-from services.router.core.decision import Candidate, Decision, Overlaps, Prompt, Request, decide
+from services.router.core.decision import Candidate, Prompt
+from services.router.core.decision_log import Record
 from services.router.core.workers import Booking, InstanceId, Role, Worker
-from services.router.fleet import Fleet
-from services.router.overlap_client import OverlapClient, query_of
+from services.router.decider import Decider, Found
+from services.router.overlap_check import OverlapCheck
+from services.router.routing_options import Wishes
 from services.router.worker_link import Handle, WorkerLink
-from switchgear.common.v1 import generation_pb2
+from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2
 
@@ -72,16 +71,18 @@ class _Request:
         "deadline",
         "decode",
         "excluded",
+        "found",
         "generation",
         "handle",
         "kv_expires_at",
         "kv_session",
         "link",
-        "overlaps",
         "prefill",
         "prefill_cached_tokens",
         "prefill_timer",
+        "record",
         "routing",
+        "wishes",
     )
 
     def __init__(self, submit: router_pb2.Submit, now: float) -> None:
@@ -92,7 +93,11 @@ class _Request:
         if submit.routing.HasField("timeout"):
             self.deadline = now + grpc_errors.seconds_of(submit.routing.timeout)
         self.excluded = {InstanceId(i) for i in submit.routing.excluded_instance_ids}
-        self.overlaps: Overlaps = {}
+        self.found = Found({}, are_known=True)
+        self.wishes: Wishes
+        """Set when it is first decided on, with `record`."""
+        self.record: Record
+        """Of the last decision."""
         self.link: WorkerLink | None = None
         """Where it is now; None while the overlap is asked for."""
         self.decode: Worker | None = None
@@ -116,20 +121,17 @@ class Relay:
 
     def __init__(
         self,
-        fleet: Fleet,
-        overlaps: OverlapClient,
+        decider: Decider,
+        check: OverlapCheck,
         settings: RouterSettings,
-        random: Random,
         wake: Callable[[], None],
         window_responses: int,
     ) -> None:
         """`wake` is called whenever there may be something to take."""
         self._credit = Credit(window_responses)
-        self._fleet = fleet
-        self._overlaps = overlaps
+        self._decider = decider
+        self._check = check
         self._settings = settings
-        self._policy = settings.policy
-        self._random = random
         self._wake = wake
         self._requests: dict[Handle, _Request] = {}
         self._links: dict[InstanceId, WorkerLink] = {}
@@ -200,8 +202,9 @@ class Relay:
 
     async def _route(self, requests: Sequence[_Request]) -> None:
         try:
-            await self._find_overlaps(requests)
-            for request in requests:
+            found = await self._decider.find_overlaps([request.routing for request in requests])
+            for request, request_found in zip(requests, found, strict=True):
+                request.found = request_found
                 if self._requests.get(request.handle) is request:
                     self._dispatch(request)
         except Exception:
@@ -210,21 +213,18 @@ class Relay:
                 if self._requests.get(request.handle) is request and request.link is None:
                     self._fail(request, InternalError("internal error"))
 
-    async def _find_overlaps(self, requests: Sequence[_Request]) -> None:
-        found = await self._overlaps.find(
-            [query_of(request.routing) for request in requests if request.routing.sequence_hashes]
-        )
-        answers = iter(found)
-        for request in requests:
-            if request.routing.sequence_hashes:
-                request.overlaps = next(answers)
-
     def _dispatch(self, request: _Request) -> None:
         """Decides and sends the request on its first leg."""
-        decision = self._decide(request, Prompt.OPEN)
-        if decision is None:
-            self._fail(request, no_worker(self._fleet, request.routing.model))
+        try:
+            request.wishes = self._decider.wishes(request.routing)
+        except SwitchgearError as error:
+            self._fail(request, error)
             return
+        record = self._decide(request, Prompt.OPEN)
+        if record is None:
+            self._fail(request, self._nobody(request))
+            return
+        decision = record.decision
         PROMPT_TOKENS.inc(request.routing.prompt_tokens)
         computing = decision.prefill or decision.decode
         OVERLAP_TOKENS.inc(computing.overlap_blocks * computing.worker.block_size_tokens)
@@ -248,21 +248,21 @@ class Relay:
             request, decision.prefill.worker, worker_pb2.LEG_PREFILL, decision.prefill.booking
         )
 
-    def _decide(self, request: _Request, prompt: Prompt) -> Decision | None:
-        routing = request.routing
-        return decide(
-            Request(
-                model=routing.model,
-                prompt_tokens=routing.prompt_tokens,
-                block_size_tokens=routing.block_size_tokens,
-                excluded=request.excluded,
-                prompt=prompt,
-            ),
-            self._fleet.workers,
-            request.overlaps,
-            self._policy,
-            self._random,
+    def _decide(self, request: _Request, prompt: Prompt) -> Record | None:
+        record = self._decider.decide(
+            request.routing,
+            request.found,
+            request.wishes,
+            excluded=request.excluded,
+            prompt=prompt,
         )
+        if record is not None:
+            request.record = record
+            self._decider.keep(record)
+        return record
+
+    def _nobody(self, request: _Request) -> SwitchgearError:
+        return self._decider.nobody(request.routing.model, request.wishes)
 
     def _decode(self, request: _Request, chosen: Candidate) -> None:
         chosen.worker.book(chosen.booking)
@@ -298,6 +298,7 @@ class Relay:
                 self._fail(request, DeadlineExceeded("the deadline passed in the router"))
             return
         request.link = link
+        self._decider.given(worker, request.routing)
         if request.kv_session is not None:
             # A refusal may have cost some of it. With nothing left the worker does not pull.
             left = request.kv_expires_at - self._loop.time()
@@ -314,7 +315,7 @@ class Relay:
     def _link_to(self, worker: Worker) -> WorkerLink | None:
         link = self._links.get(worker.instance_id)
         if link is None:
-            member = self._fleet.members.get(worker.instance_id)
+            member = self._decider.fleet.members.get(worker.instance_id)
             if member is None or not worker.is_available:
                 return None
             link = WorkerLink(
@@ -359,6 +360,8 @@ class Relay:
     def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
         for prefilled in response.prefilled:
             self._prefilled(prefilled)
+        for start in response.starts:
+            self._started(link, start)
         for refusal in response.refusals:
             self._refused(link, refusal)
         for handle in response.finished_handles:
@@ -388,6 +391,10 @@ class Relay:
             prefilled.kv_session.time_to_live
         )
         request.prefill_cached_tokens = prefilled.cached_tokens
+        record = request.record
+        record.prefill_cached_tokens = prefilled.cached_tokens
+        if record.decision.prefill is not None:
+            self._check.computed(record, record.decision.prefill, prefilled.cached_tokens)
         worker, booking = request.decode, request.booking
         assert worker is not None
         assert booking is not None
@@ -396,7 +403,18 @@ class Relay:
             self._send_decode(request, worker, booking)
         else:
             self._release_decode(request)
-            self._redecide(request, no_worker(self._fleet, request.routing.model))
+            self._redecide(request, self._nobody(request))
+
+    def _started(self, link: WorkerLink, start: outputs_pb2.SequenceStart) -> None:
+        """The decode worker has the prompt's KV: what it had of it, and what it pulled."""
+        request = self._requests.get(start.handle)
+        if request is None or request.link is not link or request.is_prefilling:
+            return
+        record = request.record
+        record.decode_cached_tokens = start.cached_tokens
+        record.transferred_tokens = start.transferred_tokens
+        if not start.transferred_tokens:
+            self._check.computed(record, record.decision.decode, start.cached_tokens)
 
     def _prefill_failed(self, request: _Request, reason: str) -> None:
         """The decode worker computes the prompt itself."""
@@ -416,7 +434,7 @@ class Relay:
             request.link = None
         request.prefill = None
         self._release_decode(request)
-        self._redecide(request, no_worker(self._fleet, request.routing.model))
+        self._redecide(request, self._nobody(request))
 
     def _release_decode(self, request: _Request) -> None:
         """Takes back the booking of a decode leg that was planned."""
@@ -427,11 +445,11 @@ class Relay:
     def _redecide(self, request: _Request, otherwise: SwitchgearError) -> None:
         """Chooses a decode worker once the prefill leg is over. Without one the request fails."""
         prompt = Prompt.LOCAL if request.kv_session is None else Prompt.COMPUTED
-        decision = self._decide(request, prompt)
-        if decision is None:
+        record = self._decide(request, prompt)
+        if record is None:
             self._fail(request, otherwise)
         else:
-            self._decode(request, decision.decode)
+            self._decode(request, record.decision.decode)
 
     def _refused(self, link: WorkerLink, refusal: worker_pb2.Refusal) -> None:
         request = self._requests.get(refusal.handle)
@@ -486,12 +504,3 @@ class Relay:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("relay task failed", exc_info=error)
-
-
-def no_worker(fleet: Fleet, model: str) -> SwitchgearError:
-    """Why a model can't be served now: unknown, or known and not ready."""
-    if fleet.is_known(model):
-        return NoLiveInstance(
-            f"no decode worker of model {model!r} is ready", retry_after_seconds=1
-        )
-    return ModelNotFound(f"model {model!r} does not exist", param="model")

@@ -19,12 +19,16 @@ from libs.common.errors import (
     NoLiveInstance,
     SwitchgearError,
 )
-from services.router.config import RouterSettings
-from services.router.core.decision import Candidate, Request, decide
+from services.router.core.decision_log import DecisionLog
 from services.router.core.workers import InstanceId
+from services.router.decider import Decider
+from services.router.degraded import Degraded
+from services.router.explanation import explanation_of, worker_ref
 from services.router.fleet import Fleet
-from services.router.overlap_client import OverlapClient, query_of
-from services.router.relay import Relay, no_worker
+from services.router.live_settings import LiveSettings, as_json
+from services.router.overlap_check import OverlapCheck
+from services.router.overlap_client import OverlapClient
+from services.router.relay import Relay
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 
@@ -38,11 +42,15 @@ BUSY_SESSIONS = Gauge(
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Thin handlers; relays do the work."""
 
-    def __init__(self, fleet: Fleet, overlaps: OverlapClient, settings: RouterSettings) -> None:
+    def __init__(
+        self, fleet: Fleet, overlaps: OverlapClient, settings: LiveSettings, degraded: Degraded
+    ) -> None:
         self._fleet = fleet
-        self._overlaps = overlaps
         self._settings = settings
-        self._random = Random()
+        self._degraded = degraded
+        self._log = DecisionLog(settings.start.explained_decisions)
+        self._decider = Decider(fleet, overlaps, settings, self._log, Random())
+        self._check = OverlapCheck(fleet, degraded)
         self._relays: set[Relay] = set()
         self.closing = asyncio.Event()
         """Set to end all sessions; their frontends then go elsewhere."""
@@ -61,9 +69,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def _open(self, news: asyncio.Event, window_responses: int) -> Relay:
         if self.closing.is_set():
             raise NoLiveInstance("the router is shutting down")
-        relay = Relay(
-            self._fleet, self._overlaps, self._settings, self._random, news.set, window_responses
-        )
+        relay = Relay(self._decider, self._check, self._settings.start, news.set, window_responses)
         self._relays.add(relay)
         return relay
 
@@ -98,7 +104,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         """One request in a relay of its own."""
-        submit = self._submit_of(request.generation, context.time_remaining())
+        submit = self._submit_of(request, context.time_remaining())
         news = asyncio.Event()
         relay = self._open(news, window_responses=1)
         consumed = 0
@@ -127,8 +133,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             await self._close(relay)
 
     def _submit_of(
-        self, generation: generation_pb2.Generation, timeout_seconds: float | None
+        self, request: router_pb2.GenerateRequest, timeout_seconds: float | None
     ) -> router_pb2.Submit:
+        generation = request.generation
         if not generation.model:
             raise InvalidRequest("generation.model must not be empty", param="model")
         if not generation.token_ids:
@@ -142,6 +149,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             model=generation.model,
             prompt_tokens=len(generation.token_ids),
             block_size_tokens=block_size,
+            options=request.options if request.HasField("options") else None,
         )
         if block_size:
             routing.sequence_hashes.extend(
@@ -160,26 +168,52 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.SelectWorkerResponse:
         """The decision as it would be now, with everyone's terms."""
         routing = request.routing
-        [overlaps] = await self._overlaps.find([query_of(routing)])
-        decision = decide(
-            Request(
-                model=routing.model,
-                prompt_tokens=routing.prompt_tokens,
-                block_size_tokens=routing.block_size_tokens,
-                excluded=frozenset(map(InstanceId, routing.excluded_instance_ids)),
-            ),
-            self._fleet.workers,
-            overlaps,
-            self._settings.policy,
-            self._random,
+        wishes = self._decider.wishes(routing)
+        [found] = await self._decider.find_overlaps([routing])
+        record = self._decider.decide(
+            routing, found, wishes, excluded=map(InstanceId, routing.excluded_instance_ids)
         )
-        if decision is None:
-            raise no_worker(self._fleet, routing.model)
+        if record is None:
+            raise self._decider.nobody(routing.model, wishes)
+        decision = record.decision
         return router_pb2.SelectWorkerResponse(
-            prefill_worker=_ref(decision.prefill) if decision.prefill is not None else None,
-            decode_worker=_ref(decision.decode),
-            decode_candidates=map(_candidate, decision.decode_candidates),
-            prefill_candidates=map(_candidate, decision.prefill_candidates),
+            prefill_worker=worker_ref(decision.prefill) if decision.prefill is not None else None,
+            decode_worker=worker_ref(decision.decode),
+            explanation=explanation_of(record),
+        )
+
+    async def ExplainDecision(
+        self, request: router_pb2.ExplainDecisionRequest, context: Context
+    ) -> router_pb2.ExplainDecisionResponse:
+        """The last decisions, as they were made."""
+        return router_pb2.ExplainDecisionResponse(
+            explanations=map(explanation_of, self._log.find(request.request_id, request.limit)),
+            degradations=[
+                router_pb2.Degradation(reason=reason, source=source)
+                for source, reason in self._degraded
+            ],
+        )
+
+    async def GetSettings(
+        self, request: router_pb2.GetSettingsRequest, context: Context
+    ) -> router_pb2.GetSettingsResponse:
+        """What decisions go by now."""
+        settings = self._settings
+        return router_pb2.GetSettingsResponse(
+            revision=settings.revision,
+            settings=[
+                router_pb2.Setting(
+                    key=setting.name,
+                    model=setting.model,
+                    value=as_json(setting.value),
+                    is_live=setting.is_live,
+                )
+                for setting in settings.settings()
+            ],
+            rejected=[
+                router_pb2.RejectedSetting(key="/".join(key), value=as_json(value), problem=problem)
+                for key, (value, problem) in sorted(settings.rejected.items())
+            ],
         )
 
 
@@ -202,19 +236,3 @@ def _responses(message: router_pb2.SessionResponse) -> list[router_pb2.GenerateR
 
 def _engine_error(message: generation_pb2.Error) -> SwitchgearError:
     return grpc_errors.from_message(message) if message.reason else InternalError("engine failed")
-
-
-def _ref(candidate: Candidate) -> router_pb2.WorkerRef:
-    worker = candidate.worker
-    return router_pb2.WorkerRef(instance_id=worker.instance_id, name=worker.name)
-
-
-def _candidate(candidate: Candidate) -> router_pb2.Candidate:
-    return router_pb2.Candidate(
-        worker=_ref(candidate),
-        cost=candidate.cost,
-        overlap_blocks=candidate.overlap_blocks,
-        queued_prefill_tokens=candidate.queued_prefill_tokens,
-        new_prefill_tokens=candidate.new_prefill_tokens,
-        decode_tokens=candidate.decode_tokens,
-    )

@@ -131,6 +131,7 @@ class Session:
             taken_sequence_number=self.taken_sequence_number,
             prefilled=self._prefilled,
             refusals=self._refusals,
+            starts=self._starts,
         )
         if self._handles or self._finishes or self._starts:
             outputs = outputs_pb2.StepOutputs(

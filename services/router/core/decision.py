@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 
+from services.router.core.policies import KV
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 
 
@@ -26,6 +27,9 @@ from services.router.core.workers import Booking, InstanceId, Role, Worker
 class Policy:
     """What a decision weighs."""
 
+    prefill_policy: str = KV
+    """Chooses prefill workers, by its name in core/policies."""
+    decode_policy: str = KV
     prefill_weight: float = 1.0
     """Price of a prompt token that has to be computed, in tokens of work."""
     decode_weight: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from services.router.core.decision import Decision, Policy
+from services.router.core.decision import Candidate, Decision, Policy
 
 MAX_CANDIDATES = 100_000
 """Of all decisions kept: with a thousand workers, each has as many."""
@@ -26,12 +26,19 @@ class Record:
     """In force for it, with what the request asked for itself."""
     are_overlaps_known: bool
     """False when no KV indexer answered."""
+    lora_name: str = ""
+    """The adapter that the prompt is hashed for."""
     prefill_cached_tokens: int | None = None
     """Prompt tokens that the prefill worker's engine found cached; None until it said so."""
     decode_cached_tokens: int | None = None
     """Likewise of the decode worker's."""
     transferred_tokens: int | None = None
     """Prompt tokens that the decode worker pulled; None until it said so."""
+
+    def predicted_cached_tokens(self, candidate: Candidate) -> int:
+        """Prompt tokens that a candidate was thought to hold. The last one is always computed."""
+        held = candidate.overlap_blocks * candidate.worker.block_size_tokens
+        return min(held, self.prompt_tokens - 1)
 
     @property
     def candidates(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NewType
 
+from services.router.core.estimated_holdings import EstimatedHoldings
+
 InstanceId = NewType("InstanceId", int)
 
 
@@ -50,6 +52,7 @@ class Worker:
         "booked_kv_blocks",
         "booked_prefill_tokens",
         "booked_requests",
+        "holdings",
         "instance_id",
         "is_available",
         "load",
@@ -79,6 +82,8 @@ class Worker:
         """Whether it is registered and our session to it stands. A worker that died is out at once,
         not when its lease ends."""
         self.load = Load()
+        self.holdings: EstimatedHoldings | None = None
+        """What it probably holds, when no KV events tell."""
         self.booked_requests = 0
         self.booked_prefill_tokens = 0
         self.booked_kv_blocks = 0

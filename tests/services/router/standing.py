@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
+from google.protobuf import struct_pb2
 
 from libs.common import hashing
 from libs.common.discovery import Table
@@ -14,7 +15,9 @@ from libs.common.grpc_server import serving
 from libs.common.tasks import background
 from libs.engine.sim.settings import SimSettings
 from services.router.config import RouterSettings
+from services.router.degraded import Degraded
 from services.router.fleet import Fleet
+from services.router.live_settings import LiveSettings
 from services.router.overlap_client import OverlapClient
 from services.router.servicer import RouterServicer
 from switchgear.common.v1 import generation_pb2, outputs_pb2
@@ -34,10 +37,12 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
+        self.queries = 0
 
     async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: object
     ) -> kv_indexer_pb2.FindOverlapResponse:
+        self.queries += len(request.queries)
         return kv_indexer_pb2.FindOverlapResponse(
             overlaps=[
                 kv_indexer_pb2.Overlap(instance_ids=self.blocks, blocks=self.blocks.values())
@@ -58,6 +63,7 @@ class Stand:
         self._stack = stack
         self.instances: Table[discovery_pb2.Instance] = Table()
         self.cards: Table[discovery_pb2.ModelCard] = Table()
+        self.live_settings: Table[struct_pb2.Value] = Table()
         self.indexer = FakeIndexer()
         self.workers: dict[str, SimWorker] = {}
         """Those that were added, by name."""
@@ -71,10 +77,17 @@ class Stand:
         settings: SimSettings | None = None,
         *,
         max_waiting_requests: int = 100,
+        publishes_kv_events: bool = True,
     ) -> SimWorker:
         """Starts a worker and waits until the router is connected to it."""
         worker = await self._stack.enter_async_context(
-            sim_worker(role, name, settings, max_waiting_requests=max_waiting_requests)
+            sim_worker(
+                role,
+                name,
+                settings,
+                max_waiting_requests=max_waiting_requests,
+                publishes_kv_events=publishes_kv_events,
+            )
         )
         self.workers[name] = worker
         self.enlist(worker.instance, worker.card)
@@ -109,12 +122,14 @@ async def standing(**settings: object) -> AsyncIterator[Stand]:
         indexers.replace(
             {("1",): discovery_pb2.Instance(address=f"127.0.0.1:{indexer.port}", name="i")}
         )
-        overlaps = OverlapClient(indexers, timeout_seconds=5)
+        degraded = Degraded()
+        overlaps = OverlapClient(indexers, timeout_seconds=5, degraded=degraded)
         await stack.enter_async_context(background(overlaps.run()))
         stand.fleet = Fleet(stand.instances, stand.cards)
         stack.push_async_callback(stand.fleet.close)
+        start = RouterSettings.model_validate({"drain_seconds": 0, **settings})
         servicer = RouterServicer(
-            stand.fleet, overlaps, RouterSettings.model_validate({"drain_seconds": 0, **settings})
+            stand.fleet, overlaps, LiveSettings(start, stand.live_settings), degraded
         )
 
         def add_router(server: grpc.aio.Server) -> None:

@@ -8,10 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import pytest
+from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from libs.common.discovery import Table
 from libs.common.grpc_server import serving
 from libs.common.tasks import background
+from services.router.degraded import Degraded
 from services.router.overlap_client import OverlapClient
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
@@ -44,7 +47,9 @@ class Indexer(FakeIndexer):
 
 
 @asynccontextmanager
-async def asking(*indexers: Indexer) -> AsyncIterator[OverlapClient]:
+async def asking(
+    *indexers: Indexer, degraded: Degraded | None = None
+) -> AsyncIterator[OverlapClient]:
     async with AsyncExitStack() as stack:
         listed: dict[tuple[str, ...], discovery_pb2.Instance] = {}
         for indexer in indexers:
@@ -56,7 +61,7 @@ async def asking(*indexers: Indexer) -> AsyncIterator[OverlapClient]:
             listed[(address,)] = discovery_pb2.Instance(address=address)
         table: Table[discovery_pb2.Instance] = Table()
         table.replace(listed)
-        client = OverlapClient(table, timeout_seconds=1)
+        client = OverlapClient(table, timeout_seconds=1, degraded=degraded or Degraded())
         await stack.enter_async_context(background(client.run()))
         yield client
 
@@ -75,7 +80,7 @@ async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
     indexer = Indexer()
     async with asking(indexer) as client, asyncio.timeout(10):
         indexer.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=overlaps)
-        assert await client.find([QUERY]) == [{}]
+        assert await client.find([QUERY]) == [None]
         indexer.babble = None
         assert await client.find([QUERY]) == [{HOLDER: 1}]
 
@@ -99,6 +104,38 @@ async def test_an_indexer_that_gets_stuck_costs_one_answer() -> None:
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
         favourite.is_stuck = True
-        assert await client.find([QUERY]) == [{}]
+        assert await client.find([QUERY]) == [None]
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         assert await client.find([QUERY]) == [{HOLDER: 1}]
+
+
+async def test_without_an_indexer_each_change_is_told_once() -> None:
+    indexer, degraded = Indexer(), Degraded()
+
+    def gauge() -> float | None:
+        return REGISTRY.get_sample_value("switchgear_router_degraded", {"reason": "no_kv_indexer"})
+
+    async with asking(indexer, degraded=degraded) as client, asyncio.timeout(20):
+        with capture_logs() as lines:
+            indexer.babble = kv_indexer_pb2.FindOverlapResponse()
+            for _ in range(3):
+                assert await client.find([QUERY]) == [None]
+            assert gauge() == 1
+            assert list(degraded) == [("kv_indexer", "no_kv_indexer")]
+            indexer.babble = None
+            for _ in range(3):
+                assert await client.find([QUERY]) == [{HOLDER: 1}]
+            assert gauge() == 0
+    changes = [line["event"] for line in lines if "degraded" in line["event"]]
+    assert changes == ["routing is degraded", "routing is degraded no longer"]
+
+
+async def test_what_an_indexer_says_that_it_lacks_is_told() -> None:
+    indexer, degraded = Indexer(), Degraded()
+    async with asking(indexer, degraded=degraded) as client, asyncio.timeout(10):
+        indexer.babble = kv_indexer_pb2.FindOverlapResponse(
+            overlaps=[kv_indexer_pb2.Overlap(instance_ids=[HOLDER], blocks=[1])],
+            degraded_reasons=[kv_indexer_pb2.DegradedReason(reason="gap", instance_ids=[HOLDER])],
+        )
+        assert await client.find([QUERY]) == [{HOLDER: 1}]
+        assert list(degraded) == [("kv_indexer", "gap")]

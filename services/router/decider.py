@@ -1,0 +1,132 @@
+"""Decisions on real requests: what is known at this moment goes in, and a record is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from itertools import compress
+from random import Random
+from typing import NamedTuple
+
+from libs.common.errors import ModelNotFound, NoLiveInstance, SwitchgearError
+from services.router.core.decision import Overlaps, Prompt, Request, decide
+from services.router.core.decision_log import DecisionLog, Record
+from services.router.core.workers import InstanceId, Worker
+from services.router.fleet import Fleet
+from services.router.live_settings import LiveSettings
+from services.router.overlap_client import OverlapClient, query_of
+from services.router.routing_options import Wishes, wishes_of
+from switchgear.router.v1 import router_pb2
+
+
+class Found(NamedTuple):
+    """Who holds how much of a prompt."""
+
+    overlaps: Overlaps
+    are_known: bool
+    """False when no KV indexer answered; estimates may still be there."""
+
+
+class Decider:
+    """Shared by all relays of the router."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        overlaps: OverlapClient,
+        settings: LiveSettings,
+        decision_log: DecisionLog,
+        random: Random,
+    ) -> None:
+        self.fleet = fleet
+        self._overlaps = overlaps
+        self._settings = settings
+        self._log = decision_log
+        self._random = random
+        self._loop = asyncio.get_running_loop()
+
+    async def find_overlaps(self, routings: Sequence[router_pb2.RoutingRequest]) -> list[Found]:
+        """What is held of each prompt, in order: as KV events tell, or as is estimated."""
+        fleet = self.fleet
+        can_tell = [bool(r.sequence_hashes) and fleet.has_events(r.model) for r in routings]
+        queries = map(query_of, compress(routings, can_tell))
+        answers = iter(await self._overlaps.find(list(queries)))
+        found = []
+        for routing, can_be_told in zip(routings, can_tell, strict=True):
+            told = next(answers) if can_be_told else {}
+            estimates = self._estimates(routing) if fleet.estimated else {}
+            found.append(Found({**(told or {}), **estimates}, told is not None))
+        return found
+
+    def _estimates(self, routing: router_pb2.RoutingRequest) -> Overlaps:
+        hashes = list(routing.sequence_hashes)
+        now = self._loop.time()
+        return {
+            worker.instance_id: worker.holdings.overlap(hashes, now)
+            for worker in self.fleet.estimated
+            if worker.model == routing.model and worker.holdings is not None
+        }
+
+    def wishes(self, routing: router_pb2.RoutingRequest) -> Wishes:
+        """The policy for a request, and what it asks for itself.
+
+        Raises InvalidRequest and NoLiveInstance for what can't be had.
+        """
+        return wishes_of(routing, self.fleet, self._settings.policy(routing.model))
+
+    def decide(
+        self,
+        routing: router_pb2.RoutingRequest,
+        found: Found,
+        wishes: Wishes,
+        *,
+        excluded: Iterable[InstanceId] = (),
+        prompt: Prompt = Prompt.OPEN,
+    ) -> Record | None:
+        """Who runs the request; None when nobody can. Not kept."""
+        decision = decide(
+            Request(
+                model=routing.model,
+                prompt_tokens=routing.prompt_tokens,
+                block_size_tokens=routing.block_size_tokens,
+                excluded=wishes.excluded.union(excluded),
+                pinned=wishes.pinned,
+                prompt=prompt,
+            ),
+            self.fleet.workers,
+            found.overlaps,
+            wishes.policy,
+            self._random,
+        )
+        if decision is None:
+            return None
+        return Record(
+            request_id=routing.request_id,
+            model=routing.model,
+            decided_at=time.time(),
+            prompt_tokens=routing.prompt_tokens,
+            block_size_tokens=routing.block_size_tokens,
+            decision=decision,
+            policy=wishes.policy,
+            are_overlaps_known=found.are_known,
+            lora_name=routing.lora_name,
+        )
+
+    def keep(self, record: Record) -> None:
+        """Remembers a decision that is carried out."""
+        self._log.add(record)
+
+    def given(self, worker: Worker, routing: router_pb2.RoutingRequest) -> None:
+        """The worker gets the prompt, to compute or to pull."""
+        if worker.holdings is not None and worker.block_size_tokens == routing.block_size_tokens:
+            worker.holdings.given(list(routing.sequence_hashes), self._loop.time())
+
+    def nobody(self, model: str, wishes: Wishes) -> SwitchgearError:
+        """Why a request can't be served now: its model is unknown, or known and not ready."""
+        if not self.fleet.is_known(model):
+            return ModelNotFound(f"model {model!r} does not exist", param="model")
+        problem = f"no decode worker of model {model!r} is ready"
+        if wishes.pinned or wishes.excluded:
+            problem += ", or none that the request's routing options leave"
+        return NoLiveInstance(problem, retry_after_seconds=1)

@@ -1,0 +1,106 @@
+"""Recorded decisions in the words of the contract. Runs only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.router.core.decision import Candidate, Handover, Pick
+from services.router.core.decision_log import Record
+from switchgear.router.v1 import router_pb2
+
+_HANDOVERS = {
+    Handover.REMOTE: router_pb2.HANDOVER_REMOTE,
+    Handover.NO_PREFILL_WORKER: router_pb2.HANDOVER_NO_PREFILL_WORKER,
+    Handover.SHORT: router_pb2.HANDOVER_SHORT,
+    Handover.HELD: router_pb2.HANDOVER_HELD,
+    Handover.PREFILL_FAILED: router_pb2.HANDOVER_PREFILL_FAILED,
+    Handover.COMPUTED: router_pb2.HANDOVER_COMPUTED,
+}
+_PICKS = {
+    Pick.LOWEST: router_pb2.PICK_LOWEST,
+    Pick.TIE: router_pb2.PICK_TIE,
+    Pick.DRAWN: router_pb2.PICK_DRAWN,
+    Pick.PINNED: router_pb2.PICK_PINNED,
+}
+
+
+def explanation_of(record: Record) -> router_pb2.Explanation:
+    """All that is known of a decision."""
+    decision, policy = record.decision, record.policy
+    message = router_pb2.Explanation(
+        request_id=record.request_id,
+        model=record.model,
+        prompt_tokens=record.prompt_tokens,
+        block_size_tokens=record.block_size_tokens,
+        are_overlaps_known=record.are_overlaps_known,
+        handover=_HANDOVERS[decision.handover],
+        min_remote_prefill_tokens=policy.min_remote_prefill_tokens,
+        max_local_overlap=policy.max_local_overlap,
+        decode=_leg(
+            record,
+            decision.decode,
+            decision.decode_candidates,
+            decision.decode_pick,
+            policy.decode_policy,
+        ),
+    )
+    message.decided_at.FromNanoseconds(int(record.decided_at * 1e9))
+    if decision.handover is not Handover.COMPUTED:
+        message.uncached_tokens = decision.whole.new_prefill_tokens
+        message.local_overlap = 1 - decision.whole.new_prefill_tokens / record.prompt_tokens
+    if record.decode_cached_tokens is not None:
+        message.decode.reported_cached_tokens = record.decode_cached_tokens
+    if record.transferred_tokens is not None:
+        message.decode.transferred_tokens = record.transferred_tokens
+    if decision.prefill is not None and decision.prefill_pick is not None:
+        message.prefill.CopyFrom(
+            _leg(
+                record,
+                decision.prefill,
+                decision.prefill_candidates,
+                decision.prefill_pick,
+                policy.prefill_policy,
+            )
+        )
+        if record.prefill_cached_tokens is not None:
+            message.prefill.reported_cached_tokens = record.prefill_cached_tokens
+        message.whole.CopyFrom(
+            _leg(
+                record,
+                decision.whole,
+                decision.whole_candidates,
+                decision.whole_pick,
+                policy.decode_policy,
+            )
+        )
+    return message
+
+
+def worker_ref(candidate: Candidate) -> router_pb2.WorkerRef:
+    """A candidate's worker, for people and for exclusion."""
+    worker = candidate.worker
+    return router_pb2.WorkerRef(instance_id=worker.instance_id, name=worker.name)
+
+
+def _leg(
+    record: Record, winner: Candidate, candidates: Sequence[Candidate], pick: Pick, policy: str
+) -> router_pb2.LegExplanation:
+    return router_pb2.LegExplanation(
+        worker=worker_ref(winner),
+        policy=policy,
+        pick=_PICKS[pick],
+        temperature=record.policy.temperature,
+        candidates=map(_candidate, candidates),
+        predicted_cached_tokens=record.predicted_cached_tokens(winner),
+    )
+
+
+def _candidate(candidate: Candidate) -> router_pb2.Candidate:
+    return router_pb2.Candidate(
+        worker=worker_ref(candidate),
+        cost=candidate.cost,
+        overlap_blocks=candidate.overlap_blocks,
+        queued_prefill_tokens=candidate.queued_prefill_tokens,
+        new_prefill_tokens=candidate.new_prefill_tokens,
+        decode_tokens=candidate.decode_tokens,
+    )

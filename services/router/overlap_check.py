@@ -1,0 +1,56 @@
+"""Compares what engines find cached with what routing predicted."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter
+
+from services.router.core.agreement import Agreement, Outcome
+from services.router.core.decision import Candidate
+from services.router.core.decision_log import Record
+from services.router.core.workers import InstanceId, Worker
+from services.router.degraded import Degraded
+from services.router.fleet import Fleet
+
+CACHED_TOKENS = Counter(
+    "switchgear_router_cached_tokens_total",
+    "Prompt tokens that the engines of chosen workers found cached, and what was predicted of them",
+    ["by"],
+)
+
+
+class OverlapCheck:
+    """An agreement for each worker."""
+
+    def __init__(self, fleet: Fleet, degraded: Degraded) -> None:
+        self._fleet = fleet
+        self._degraded = degraded
+        self._agreements: dict[InstanceId, Agreement] = {}
+        fleet.on_gone(self._forget)
+
+    def computed(self, record: Record, by: Candidate, reported_tokens: int) -> None:
+        """A worker has computed the prompt of a decision, and says what it had cached."""
+        worker = by.worker
+        has_events = worker.holdings is None
+        if has_events and not record.are_overlaps_known:
+            return  # Nothing was predicted.
+        predicted_tokens = record.predicted_cached_tokens(by)
+        CACHED_TOKENS.labels("predicted").inc(predicted_tokens)
+        CACHED_TOKENS.labels("reported").inc(reported_tokens)
+        agreement = self._agreements.setdefault(worker.instance_id, Agreement())
+        agreement.add(
+            Outcome(
+                predicted_tokens=predicted_tokens,
+                reported_tokens=reported_tokens,
+                block_size_tokens=worker.block_size_tokens,
+                is_block_size_right=worker.block_size_tokens == record.block_size_tokens,
+                has_adapter=bool(record.lora_name),
+                has_events=has_events,
+                has_common_files=self._fleet.has_common_files(worker),
+            )
+        )
+        reason = agreement.reason
+        self._degraded.report(worker.name, [] if reason is None else [reason.value])
+
+    def _forget(self, worker: Worker) -> None:
+        self._agreements.pop(worker.instance_id, None)
+        self._degraded.report(worker.name, [])
