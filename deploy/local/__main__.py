@@ -14,11 +14,12 @@ from typing import Annotated, Literal
 
 import psutil
 import typer
+from google.protobuf import struct_pb2
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deploy.local import default_model, topology
+from deploy.local import default_model, explaining, live_config, topology
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.ports import FreePorts, is_free
 from deploy.local.process import RunningProcess
@@ -29,6 +30,8 @@ _WATCH_SECONDS = 0.5
 _LOG_LINES = 100
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+config_app = typer.Typer(no_args_is_help=True, help="Settings that are changed while running.")
+app.add_typer(config_app, name="config")
 console = Console(highlight=False)
 
 RunDir = Annotated[Path, typer.Option(help="Where pid files, logs and data are.")]
@@ -153,6 +156,85 @@ def verify(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     flags = ["--etcd-url", etcd_url, "--namespace", topology.NAMESPACE]
     command = [sys.executable, "-m", "services.kv_indexer", "verify", *flags]
     os.execve(sys.executable, command, os.environ | indexer.environment)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Such as chatcmpl-...; any without.")] = "",
+    last: Annotated[int, typer.Option(min=1, help="How many decisions, newest last.")] = 1,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Show why requests went where they went: candidates, costs, winners."""
+    found = explaining.last_decisions(_routers(run_dir), request_id, last)
+    if not found.decisions:
+        raise ClusterError(
+            f"no router remembers {request_id!r}" if request_id else "nothing was decided yet"
+        )
+    for router, explanation in found.decisions:
+        console.print(explaining.shown(router, explanation))
+    for router, degradation in found.degradations:
+        console.print(f"[yellow]{router} is degraded:[/] {degradation.source} {degradation.reason}")
+
+
+@config_app.command("list")
+def list_config(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show the live settings that each router goes by."""
+    for router, settings in live_config.settings_of(_routers(run_dir)):
+        console.print(live_config.shown(router, settings))
+
+
+@config_app.command("set")
+def set_config(
+    component: live_config.Component,
+    key: str,
+    value: Annotated[str, typer.Argument(help="JSON; what is none is taken as a text.")],
+    model: Annotated[str, typer.Option(help="Only for this model.")] = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Change a setting of all running processes of a component, now and for later ones."""
+    _change_config(run_dir, component, key, model, live_config.parsed(value))
+
+
+@config_app.command("unset")
+def unset_config(
+    component: live_config.Component,
+    key: str,
+    model: Annotated[str, typer.Option(help="Only for this model.")] = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Let a setting be again what it was when each process started."""
+    _change_config(run_dir, component, key, model, None)
+
+
+def _change_config(
+    run_dir: Path,
+    component: live_config.Component,
+    key: str,
+    model: str,
+    value: struct_pb2.Value | None,
+) -> None:
+    etcd_url = LocalCluster(run_dir).process("etcd-0").spec.address
+    full_key = live_config.full_key(component, key, model)
+    try:
+        revision = live_config.write(etcd_url, full_key, value)
+    except ConnectionError as error:
+        raise ClusterError(str(error)) from error
+    problems = live_config.wait_followed(_routers(run_dir), full_key, revision)
+    if problems:
+        raise ClusterError("; ".join(problems))
+    console.print(f"in force on all routers, revision {revision}" if revision else "was not set")
+
+
+def _routers(run_dir: Path) -> dict[str, str]:
+    """Addresses of the living routers, by name."""
+    found = {
+        process.name: process.spec.address
+        for process in LocalCluster(run_dir).processes()
+        if process.name.startswith("router-") and process.is_alive()
+    }
+    if not found:
+        raise ClusterError("no router is running (make up starts everything)")
+    return found
 
 
 @app.command("model")

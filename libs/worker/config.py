@@ -50,6 +50,10 @@ class WorkerSettings(KvEventSettings):
     nixl_port: int = Field(default=0, ge=0, le=65535)
     """Port on which a vLLM worker offers its KV to others; 0 takes a free one."""
 
+    kv_events: bool = True
+    """Whether KV events go out. Without them routers guess what the worker holds, each from what
+    it sent itself."""
+
     transfer_timeout_seconds: float = Field(default=5.0, gt=0)
     """Longest pull of one prompt's KV before the worker computes the prompt itself."""
 

@@ -82,7 +82,10 @@ async def serve_worker(
                 model=settings.model_name,
                 block_size_tokens=info.block_size_tokens,
             )
-            host.publish_to(publisher.take)
+            if settings.kv_events:
+                host.publish_to(publisher.take)
+            else:
+                host.publish_to(lambda events: None)
             WorkerCollector(engine, publisher.cached_blocks).register(REGISTRY)
             servicer = WorkerServicer(
                 host, files, publisher.snapshot, publisher.batches, publisher.cached_blocks
@@ -171,6 +174,6 @@ def _card(
         needs=needs,
         transfer_backend=info.transfer_backend,
         files_checksum=model_files.checksum(files),
-        publishes_kv_events=info.publishes_kv_events,
+        publishes_kv_events=settings.kv_events and info.publishes_kv_events,
         created_unix_seconds=int(time.time()),
     )

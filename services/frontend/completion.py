@@ -15,7 +15,7 @@ from services.frontend.core.stop_strings import StopMatcher
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import ServedModel
 from services.frontend.router_session import Inbox, RouterSessions
-from switchgear.common.v1 import generation_pb2
+from switchgear.common.v1 import generation_pb2, routing_pb2
 from switchgear.router.v1 import router_pb2
 
 log = logs.get(__name__)
@@ -43,6 +43,7 @@ class TextRequest:
     stop_strings: Sequence[str] = ()
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
     traceparent: str = ""
+    routing: routing_pb2.RoutingOptions | None = None
     accepted_at: float
     """In the event loop's time."""
     deadline: float
@@ -168,6 +169,7 @@ class Completion:
             block_size_tokens=facts.kv_block_size_tokens,
             sequence_hashes=sequence_hashes(token_ids, facts.kv_block_size_tokens),
             excluded_instance_ids=attempts.excluded_instance_ids,
+            options=request.routing,
         )
         generation = generation_pb2.Generation(
             request_id=request.request_id,

@@ -25,7 +25,7 @@ from services.frontend.core.attempt import MigrationPolicy
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import Models, ServedModel
 from services.frontend.router_session import RouterSessions
-from switchgear.common.v1 import generation_pb2
+from switchgear.common.v1 import generation_pb2, routing_pb2
 
 LONG_PROMPT_CHARACTERS = 4096
 """Tokenising more than this takes milliseconds, which belong in a thread. In the loop it would
@@ -142,6 +142,7 @@ class Pipeline:
         options: GenerationOptions,
         *,
         traceparent: str,
+        routing: routing_pb2.RoutingOptions | None = None,
         accepted_at: float,
         deadline: float,
     ) -> Completion:
@@ -177,6 +178,7 @@ class Pipeline:
             stop_strings=options.stop_strings,
             sampling=options.sampling,
             traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            routing=routing,
             accepted_at=accepted_at,
             deadline=deadline,
         )

@@ -89,6 +89,7 @@ class InferenceServicer(InferenceServiceServicer):
                     await pipeline.tokenise(model, _prompt(request)),
                     options,
                     traceparent=_traceparent(context),
+                    routing=request.routing if request.HasField("routing") else None,
                     accepted_at=accepted_at,
                     deadline=deadline,
                 )

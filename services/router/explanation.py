@@ -13,7 +13,7 @@ _HANDOVERS = {
     Handover.NO_PREFILL_WORKER: router_pb2.HANDOVER_NO_PREFILL_WORKER,
     Handover.SHORT: router_pb2.HANDOVER_SHORT,
     Handover.HELD: router_pb2.HANDOVER_HELD,
-    Handover.PREFILL_FAILED: router_pb2.HANDOVER_PREFILL_FAILED,
+    Handover.LOCAL: router_pb2.HANDOVER_LOCAL,
     Handover.COMPUTED: router_pb2.HANDOVER_COMPUTED,
 }
 _PICKS = {

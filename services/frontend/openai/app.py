@@ -23,6 +23,7 @@ from services.frontend.openai.errors import ApiError, api_error_of, internal_err
 from services.frontend.openai.exchange import ExchangeRecorder, exchange_of
 from services.frontend.openai.formats import ChatFormat, TextFormat
 from services.frontend.openai.generation import GenerationResponse
+from services.frontend.openai.routing_headers import routing_options
 from services.frontend.openai.schema import ChatBody, CompletionBody, parse
 from services.frontend.pipeline import Pipeline
 
@@ -53,7 +54,12 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
         body = parse(ChatBody, await _json_of(request, pipeline))
         chat = Chat([message.for_template() for message in body.messages])
         return GenerationResponse(
-            pipeline, body, [chat], ChatFormat, traceparent=_traceparent(request)
+            pipeline,
+            body,
+            [chat],
+            ChatFormat,
+            traceparent=_traceparent(request),
+            routing=routing_options(request.scope["headers"]),
         )
 
     async def completions(request: Request) -> Response:
@@ -67,7 +73,12 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
                 code="invalid_value",
             )
         return GenerationResponse(
-            pipeline, body, body.prompt, TextFormat, traceparent=_traceparent(request)
+            pipeline,
+            body,
+            body.prompt,
+            TextFormat,
+            traceparent=_traceparent(request),
+            routing=routing_options(request.scope["headers"]),
         )
 
     app.router.routes += [

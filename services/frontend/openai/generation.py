@@ -22,6 +22,7 @@ from services.frontend.openai.exchange import exchange_of
 from services.frontend.openai.formats import Format, error_event
 from services.frontend.openai.schema import ChatBody, CompletionBody
 from services.frontend.pipeline import Pipeline, Prompt, new_request_id, time_limit
+from switchgear.common.v1 import routing_pb2
 
 log = logs.get(__name__)
 
@@ -44,6 +45,7 @@ class GenerationResponse(Response):
         format_class: type[Format],
         *,
         traceparent: str,
+        routing: routing_pb2.RoutingOptions | None,
     ) -> None:
         self.background = None
         self._pipeline = pipeline
@@ -52,6 +54,7 @@ class GenerationResponse(Response):
         self._format_class = format_class
         self._answer_id = new_request_id(format_class.id_prefix)
         self._traceparent = traceparent
+        self._routing = routing
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +95,7 @@ class GenerationResponse(Response):
                         await pipeline.tokenise(model, prompt),
                         body.options(),
                         traceparent=self._traceparent,
+                        routing=self._routing,
                         accepted_at=accepted_at,
                         deadline=deadline,
                     )

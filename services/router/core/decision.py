@@ -66,8 +66,8 @@ class Handover(Enum):
     """By the decode worker, where few of its tokens are uncached."""
     HELD = "held"
     """By the decode worker, which holds most of it."""
-    PREFILL_FAILED = "prefill_failed"
-    """By the decode worker, after the prefill leg had failed."""
+    LOCAL = "local"
+    """By the decode worker: the prefill leg failed, or there is to be none."""
     COMPUTED = "computed"
     """It has been computed; this decision is on a decode worker alone."""
 
@@ -194,7 +194,7 @@ def _handover(
     better compute what it does not hold if that is little, rather than wait for somebody else."""
     match request.prompt:
         case Prompt.LOCAL:
-            return Handover.PREFILL_FAILED
+            return Handover.LOCAL
         case Prompt.COMPUTED:
             return Handover.COMPUTED
     if not has_prefill_worker:

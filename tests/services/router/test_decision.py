@@ -167,7 +167,7 @@ def test_a_decision_says_why_the_prompt_is_computed_where_it_is() -> None:
     assert why(LONG, workers[1:]) is Handover.NO_PREFILL_WORKER
     longer = replace(LONG, prompt_tokens=10_000)
     assert why(longer, workers, 800) is Handover.HELD
-    assert why(replace(LONG, prompt=Prompt.LOCAL), workers) is Handover.PREFILL_FAILED
+    assert why(replace(LONG, prompt=Prompt.LOCAL), workers) is Handover.LOCAL
     assert why(replace(LONG, prompt=Prompt.COMPUTED), workers) is Handover.COMPUTED
 
 

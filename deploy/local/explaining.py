@@ -1,0 +1,112 @@
+"""Routers' explanations of their decisions, as tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import grpc
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from deploy.local.cluster import ClusterError
+from switchgear.router.v1 import router_pb2, router_pb2_grpc
+
+_CALL_SECONDS = 5.0
+
+_WHY_THERE = {
+    router_pb2.HANDOVER_REMOTE: "by a prefill worker",
+    router_pb2.HANDOVER_NO_PREFILL_WORKER: "by the decode worker: no prefill worker can help it",
+    router_pb2.HANDOVER_SHORT: "by the decode worker: few tokens are uncached there",
+    router_pb2.HANDOVER_HELD: "by the decode worker: it holds most of it",
+    router_pb2.HANDOVER_LOCAL: "by the decode worker: the prefill leg failed or is not wanted",
+    router_pb2.HANDOVER_COMPUTED: "already, by a prefill worker",
+}
+_WHY_WON = {
+    router_pb2.PICK_LOWEST: "lowest cost",
+    router_pb2.PICK_TIE: "by lot among the lowest",
+    router_pb2.PICK_DRAWN: "drawn by temperature",
+    router_pb2.PICK_PINNED: "pinned by the request",
+}
+
+
+@dataclass
+class Decisions:
+    """What all routers remember, each with the router's name."""
+
+    decisions: list[tuple[str, router_pb2.Explanation]] = field(default_factory=list)
+    """Newest last."""
+    degradations: list[tuple[str, router_pb2.Degradation]] = field(default_factory=list)
+
+
+def last_decisions(routers: Mapping[str, str], request_id: str, limit: int) -> Decisions:
+    """Asks every router, by address. Raises ClusterError when one does not answer."""
+    found = Decisions()
+    for name, address in routers.items():
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub: router_pb2_grpc.RouterServiceStub = router_pb2_grpc.RouterServiceStub(channel)
+            request = router_pb2.ExplainDecisionRequest(request_id=request_id, limit=limit)
+            try:
+                response = stub.ExplainDecision(request, timeout=_CALL_SECONDS)
+            except grpc.RpcError as error:
+                raise ClusterError(f"{name} does not answer: {error.code().name}") from error
+        found.decisions += ((name, explanation) for explanation in response.explanations)
+        found.degradations += ((name, degradation) for degradation in response.degradations)
+    found.decisions.sort(key=lambda pair: pair[1].decided_at.ToNanoseconds())
+    found.decisions = found.decisions[-limit:]
+    return found
+
+
+def shown(router: str, explanation: router_pb2.Explanation) -> RenderableType:
+    """One decision: what it was about, and a table for each leg."""
+    said = explanation
+    at = datetime.fromtimestamp(said.decided_at.ToNanoseconds() / 1e9).astimezone()
+    title = Text.assemble((said.request_id, "bold"), f"  {router}, {at:%H:%M:%S.%f}, {said.model}")
+    facts = Table(box=None, show_header=False, padding=(0, 1))
+    facts.add_row("prompt", f"{said.prompt_tokens} tokens, blocks of {said.block_size_tokens}")
+    if not said.are_overlaps_known:
+        facts.add_row("overlaps", "not known: no KV indexer answered")
+    facts.add_row("computed", _why_there(said))
+    parts: list[RenderableType] = [title, Padding(facts, (0, 0, 0, 1))]
+    if said.HasField("whole"):
+        parts.append(_leg("as if served whole", said.whole))
+    if said.HasField("prefill"):
+        parts.append(_leg("prefill", said.prefill))
+    parts.append(_leg("decode", said.decode))
+    return Group(*parts, Text())
+
+
+def _why_there(said: router_pb2.Explanation) -> str:
+    reason = _WHY_THERE.get(said.handover, "?")
+    if said.handover in (router_pb2.HANDOVER_LOCAL, router_pb2.HANDOVER_COMPUTED):
+        return reason
+    return (
+        f"{reason} ({said.uncached_tokens} uncached, limit {said.min_remote_prefill_tokens}; "
+        f"{said.local_overlap:.0%} held, limit {said.max_local_overlap:.0%})"
+    )
+
+
+def _leg(name: str, leg: router_pb2.LegExplanation) -> RenderableType:
+    facts = [f"{name}: {leg.worker.name}, {_WHY_WON.get(leg.pick, '?')}, policy {leg.policy}"]
+    if leg.temperature:
+        facts.append(f"temperature {leg.temperature:g}")
+    facts.append(f"predicted cached {leg.predicted_cached_tokens}")
+    if leg.HasField("reported_cached_tokens"):
+        facts.append(f"reported {leg.reported_cached_tokens}")
+    if leg.HasField("transferred_tokens"):
+        facts.append(f"pulled {leg.transferred_tokens}")
+    table = Table("", "worker", box=None, header_style="dim", padding=(0, 1))
+    for title in ("overlap blocks", "queued prefill", "to compute", "decode", "cost"):
+        table.add_column(title, justify="right")
+    for candidate in leg.candidates:
+        table.add_row(
+            "*" if candidate.worker.instance_id == leg.worker.instance_id else "",
+            candidate.worker.name,
+            str(candidate.overlap_blocks),
+            str(candidate.queued_prefill_tokens),
+            str(candidate.new_prefill_tokens),
+            str(candidate.decode_tokens),
+            f"{candidate.cost:g}",
+        )
+    return Group(Text("  " + ", ".join(facts)), Padding(table, (0, 0, 0, 3)))

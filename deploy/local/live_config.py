@@ -1,0 +1,96 @@
+"""Live settings: written to etcd, and what the running processes made of them."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Literal
+from urllib.parse import quote, unquote
+
+import grpc
+from google.protobuf import json_format, struct_pb2
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deploy.local import topology
+from libs.common.discovery import Discovery
+from switchgear.router.v1 import router_pb2, router_pb2_grpc
+
+Component = Literal["router"]
+"""Those that have live settings."""
+
+_CALL_SECONDS = 5.0
+_FOLLOW_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+
+
+def full_key(component: Component, key: str, model: str) -> str:
+    """Where a setting is in etcd, after the namespace."""
+    path = f"config/{component}/{quote(key, safe='')}"
+    return f"{path}/{quote(model, safe='')}" if model else path
+
+
+def parsed(value: str) -> struct_pb2.Value:
+    """A value as typed: JSON, or a text."""
+    try:
+        return json_format.Parse(value, struct_pb2.Value())
+    except json_format.ParseError:
+        return struct_pb2.Value(string_value=value)
+
+
+def write(etcd_url: str, key: str, value: struct_pb2.Value | None) -> int:
+    """Writes or removes (None) an entry; its revision. Raises ConnectionError."""
+    return asyncio.run(Discovery(etcd_url, topology.NAMESPACE).put(key, value))
+
+
+def settings_of(routers: Mapping[str, str]) -> Iterator[tuple[str, router_pb2.GetSettingsResponse]]:
+    """What each router goes by now. Raises ConnectionError when one does not answer."""
+    for name, address in routers.items():
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub: router_pb2_grpc.RouterServiceStub = router_pb2_grpc.RouterServiceStub(channel)
+            request = router_pb2.GetSettingsRequest()
+            try:
+                yield name, stub.GetSettings(request, timeout=_CALL_SECONDS)
+            except grpc.RpcError as error:
+                raise ConnectionError(f"{name} does not answer: {error.code().name}") from error
+
+
+def wait_followed(routers: Mapping[str, str], key: str, revision: int) -> list[str]:
+    """Returns once every router goes by etcd as of the revision; what went wrong, in words."""
+    rejected_key = unquote(key.split("/", 2)[2])
+    deadline = time.monotonic() + _FOLLOW_SECONDS
+    while True:
+        behind: list[str] = []
+        problems: list[str] = []
+        for name, settings in settings_of(routers):
+            if settings.revision < revision:
+                behind.append(name)
+            problems += (
+                f"{name} rejects {rejected.value}: {rejected.problem}"
+                for rejected in settings.rejected
+                if rejected.key == rejected_key
+            )
+        if not behind:
+            return problems
+        if time.monotonic() > deadline:
+            return [*problems, f"not followed yet by {', '.join(behind)}"]
+        time.sleep(_POLL_SECONDS)
+
+
+def shown(router: str, settings: router_pb2.GetSettingsResponse) -> RenderableType:
+    """One router's settings."""
+    table = Table("setting", "value", "for", "from", box=None, header_style="dim", padding=(0, 1))
+    for setting in settings.settings:
+        table.add_row(
+            setting.key,
+            str(json.loads(setting.value)),
+            setting.model or "all models",
+            "etcd" if setting.is_live else "its start",
+        )
+    rejected = [
+        Text(f" rejected: {it.key} = {it.value}: {it.problem}", style="red")
+        for it in settings.rejected
+    ]
+    title = Text.assemble((router, "bold"), f"  as of revision {settings.revision} of etcd")
+    return Group(title, table, *rejected, Text())
