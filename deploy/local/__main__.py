@@ -171,7 +171,7 @@ def explain(
             f"no router remembers {request_id!r}" if request_id else "nothing was decided yet"
         )
     for router, explanation in found.decisions:
-        console.print(explaining.shown(router, explanation))
+        console.print(explaining.shown(router, explanation), soft_wrap=True)
     for router, degradation in found.degradations:
         console.print(f"[yellow]{router} is degraded:[/] {degradation.source} {degradation.reason}")
 

@@ -91,13 +91,14 @@ def _leg(name: str, leg: router_pb2.LegExplanation) -> RenderableType:
     facts = [f"{name}: {leg.worker.name}, {_WHY_WON.get(leg.pick, '?')}, policy {leg.policy}"]
     if leg.temperature:
         facts.append(f"temperature {leg.temperature:g}")
-    facts.append(f"predicted cached {leg.predicted_cached_tokens}")
+    cached = [f"predicted {leg.predicted_cached_tokens}"]
     if leg.HasField("reported_cached_tokens"):
-        facts.append(f"reported {leg.reported_cached_tokens}")
+        cached.append(f"reported {leg.reported_cached_tokens}")
     if leg.HasField("transferred_tokens"):
-        facts.append(f"pulled {leg.transferred_tokens}")
-    table = Table("", "worker", box=None, header_style="dim", padding=(0, 1))
-    for title in ("overlap blocks", "queued prefill", "to compute", "decode", "cost"):
+        cached.append(f"pulled {leg.transferred_tokens}")
+    table = Table("", box=None, header_style="dim", padding=(0, 1))
+    table.add_column("worker", no_wrap=True, overflow="ignore")
+    for title in ("blocks held", "queued", "to compute", "decode", "cost"):
         table.add_column(title, justify="right")
     for candidate in leg.candidates:
         table.add_row(
@@ -109,4 +110,5 @@ def _leg(name: str, leg: router_pb2.LegExplanation) -> RenderableType:
             str(candidate.decode_tokens),
             f"{candidate.cost:g}",
         )
-    return Group(Text("  " + ", ".join(facts)), Padding(table, (0, 0, 0, 3)))
+    lines = Text(f"  {', '.join(facts)}\n    cached tokens: {', '.join(cached)}")
+    return Group(lines, Padding(table, (0, 0, 0, 3)))

@@ -56,7 +56,7 @@ class Running:
         self.model = deployment.model_name
         self.url = topology.http_url(deployment)
 
-    def chat(self, prompt: str, **options: object) -> Answer:
+    def chat(self, prompt: str, headers: dict[str, str] | None = None, **options: object) -> Answer:
         """One chat completion, not streamed."""
         body = {
             "model": self.model,
@@ -65,7 +65,9 @@ class Running:
             "temperature": 0,
             **options,
         }
-        response = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        response = httpx.post(
+            f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=120
+        )
         return Answer(response.status_code, response.headers, response.json())
 
     def channel(self, service: str) -> grpc.aio.Channel:
