@@ -24,11 +24,18 @@ def machine() -> Machine:
 def versions() -> dict[str, str]:
     """Raises LoadError when there is no wrk."""
     return {
+        **versions_without_wrk(),
+        "wrk": load.version().removeprefix("wrk ").split(" ")[0],
+    }
+
+
+def versions_without_wrk() -> dict[str, str]:
+    """Of what runs here besides the load generator."""
+    return {
         "Python": platform.python_version(),
         "grpcio": metadata.version("grpcio"),
         "ai-dynamo": dynamo_version(),
         "smg": _installed(".venv-smg", "smg"),
-        "wrk": load.version().removeprefix("wrk ").split(" ")[0],
     }
 
 

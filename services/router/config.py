@@ -36,8 +36,15 @@ class RouterSettings(ServiceSettings):
     prefill_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Price of a prompt token to compute. Higher: more cache reuse, less even load."""
 
-    decode_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    decode_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     """Price of a token's KV held while decoding. Higher: more even load, less cache reuse."""
+
+    stall_weight: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    """Price of a prompt token for each request that stands still while it is computed. Higher:
+    steadier token gaps, longer waits for the first token."""
+
+    overflow_weight: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    """Price of a token's KV beyond a worker's room. Higher: full workers are shunned more."""
 
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the cheapest worker; above, dearer ones get a chance, too."""
@@ -71,6 +78,8 @@ class RouterSettings(ServiceSettings):
             decode_policy=self.decode_policy,
             prefill_weight=self.prefill_weight,
             decode_weight=self.decode_weight,
+            stall_weight=self.stall_weight,
+            overflow_weight=self.overflow_weight,
             temperature=self.temperature,
             min_remote_prefill_tokens=self.min_remote_prefill_tokens,
             max_local_overlap=self.max_local_overlap,

@@ -1,14 +1,9 @@
 """Which workers run a request. Pure: randomness comes as an argument.
 
-Costs are in tokens of work, so that a person can check them by hand:
-
-    prefill = queued prefill tokens + (prompt tokens - overlap tokens)
-    cost    = prefill_weight * prefill
-            + decode_weight * (active blocks + new blocks) * block size
-
-A prefill worker is charged the first line, since it holds blocks only for a moment. When it
-computes the prompt, the decode worker is charged its queue and its blocks, but not the prompt. The
-lowest cost wins, equal costs by lot.
+Filters come first (model, role, availability, excluded workers), then the policy's costs, which are
+in tokens of work so that a person can check them by hand (policies/by_cost.py has the formula of
+the default), then pins. The lowest cost wins, equal costs by lot; with a temperature workers are
+drawn with odds by cost.
 """
 
 from __future__ import annotations
@@ -19,21 +14,30 @@ from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 
-from services.router.core.policies import KV
-from services.router.core.workers import Booking, InstanceId, Role, Worker
+from services.router.core.candidates import Candidate, Candidates, Overlaps
+from services.router.core.policies import KV, NEVER, POLICIES, Weights
+from services.router.core.workers import InstanceId, Role, Worker
+
+__all__ = [
+    "Candidate",
+    "Decision",
+    "Handover",
+    "Overlaps",
+    "Pick",
+    "Policy",
+    "Prompt",
+    "Request",
+    "decide",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What a decision weighs."""
+class Policy(Weights):
+    """How a decision is made."""
 
     prefill_policy: str = KV
     """Chooses prefill workers, by its name in core/policies."""
     decode_policy: str = KV
-    prefill_weight: float = 1.0
-    """Price of a prompt token that has to be computed, in tokens of work."""
-    decode_weight: float = 1.0
-    """Price of a token's KV held while decoding, in tokens of work."""
     temperature: float = 0.0
     """0 takes the cheapest. Above, workers are drawn with odds exp(-cost / (temperature * range)),
     where range is the distance between the cheapest and the dearest."""
@@ -97,24 +101,8 @@ class Request:
     """Who must run a leg, whatever it costs. With a prefill worker in it the prompt is handed over,
     whatever that costs."""
     prompt: Prompt = Prompt.OPEN
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One worker's terms, in tokens of work but for the overlap."""
-
-    worker: Worker
-    overlap_blocks: int
-    queued_prefill_tokens: int
-    new_prefill_tokens: int
-    new_kv_blocks: int
-    decode_tokens: int
-    cost: float
-
-    @property
-    def booking(self) -> Booking:
-        """What choosing it adds to its load."""
-        return Booking(self.new_prefill_tokens, self.new_kv_blocks)
+    session_worker: InstanceId | None = None
+    """Who served its session last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +123,6 @@ class Decision:
     prefill_pick: Pick | None = None
 
 
-Overlaps = Mapping[InstanceId, int]
-"""Leading blocks of the prompt that each worker holds; those that hold none are left out."""
-
-
 def decide(
     request: Request, workers: Iterable[Worker], overlaps: Overlaps, policy: Policy, random: Random
 ) -> Decision | None:
@@ -146,33 +130,40 @@ def decide(
 
     None when no decode worker can take the request, or a pinned worker can't.
     """
+    model, excluded = request.model, request.excluded
     eligible = [
         worker
         for worker in workers
-        if worker.model == request.model
-        and worker.is_available
-        and worker.instance_id not in request.excluded
+        if worker.is_available and worker.model == model and worker.instance_id not in excluded
     ]
     decoders = _of(Role.DECODE, eligible)
     if not decoders or _lacks_pinned(request, Role.DECODE, decoders):
         return None
     is_local = request.prompt is not Prompt.COMPUTED
-    whole = _ranked(request, decoders, overlaps, policy, is_prefill_local=is_local)
-    local, local_pick = _draw(request, whole, policy, random)
+    whole = _weighed(request, decoders, overlaps, policy, random, is_prefill_local=is_local)
+    drawn = _draw(request, whole, policy, random)
+    if drawn is None:
+        return None
+    local, local_pick = drawn
     takers = [local.worker] if Role.DECODE in request.pinned else decoders
     backends = {worker.transfer_backend for worker in takers} - {""}
     givers = [w for w in _of(Role.PREFILL, eligible) if w.transfer_backend in backends]
     if request.prompt is Prompt.OPEN and _lacks_pinned(request, Role.PREFILL, givers):
         return None
     handover = _handover(request, local, policy, has_prefill_worker=bool(givers))
-    if handover is not Handover.REMOTE:
+    if handover is Handover.REMOTE:
+        prefills = _weighed(request, givers, overlaps, policy, random, is_prefill_local=True)
+        if (drawn := _draw(request, prefills, policy, random)) is None:
+            handover = Handover.NO_PREFILL_WORKER
+    if handover is not Handover.REMOTE or drawn is None:
         return Decision(local, None, whole, (), handover, local, whole, local_pick, local_pick)
-    prefills = _ranked(request, givers, overlaps, policy, is_prefill_local=True)
-    prefill, prefill_pick = _draw(request, prefills, policy, random)
+    prefill, prefill_pick = drawn
     backend = prefill.worker.transfer_backend
     pullers = [w for w in decoders if w.transfer_backend == backend]
-    decodes = _ranked(request, pullers, overlaps, policy, is_prefill_local=False)
-    decode, decode_pick = _draw(request, decodes, policy, random)
+    decodes = _weighed(request, pullers, overlaps, policy, random, is_prefill_local=False)
+    drawn = _draw(request, decodes, policy, random)
+    assert drawn is not None, "a policy that could decide among all can among some"
+    decode, decode_pick = drawn
     return Decision(
         decode,
         prefill,
@@ -210,23 +201,6 @@ def _handover(
     return Handover.REMOTE
 
 
-def candidate(
-    request: Request, worker: Worker, overlaps: Overlaps, policy: Policy, *, is_prefill_local: bool
-) -> Candidate:
-    """A worker's cost for a request, with its terms."""
-    size = worker.block_size_tokens
-    overlap = overlaps.get(worker.instance_id, 0) if size == request.block_size_tokens else 0
-    queued = worker.queued_prefill_tokens
-    # The last token is always computed: its logits give the first output token.
-    new = max(1, request.prompt_tokens - overlap * size) if is_prefill_local else 0
-    new_blocks = decode_tokens = 0
-    if worker.role is Role.DECODE:
-        new_blocks = max(0, math.ceil(request.prompt_tokens / size) - overlap)
-        decode_tokens = (worker.active_kv_blocks + new_blocks) * size
-    cost = policy.prefill_weight * (queued + new) + policy.decode_weight * decode_tokens
-    return Candidate(worker, overlap, queued, new, new_blocks, decode_tokens, cost)
-
-
 def _of(role: Role, workers: Iterable[Worker]) -> list[Worker]:
     return [worker for worker in workers if worker.role is role]
 
@@ -236,36 +210,48 @@ def _lacks_pinned(request: Request, role: Role, workers: Iterable[Worker]) -> bo
     return pinned is not None and all(worker.instance_id != pinned for worker in workers)
 
 
-def _ranked(
+def _weighed(
     request: Request,
-    workers: Iterable[Worker],
+    workers: Sequence[Worker],
     overlaps: Overlaps,
     policy: Policy,
+    random: Random,
     *,
     is_prefill_local: bool,
-) -> list[Candidate]:
-    return sorted(
-        (
-            candidate(request, worker, overlaps, policy, is_prefill_local=is_prefill_local)
-            for worker in workers
-        ),
-        key=lambda candidate: candidate.cost,
+) -> Candidates:
+    """At least one worker, all of one role, with their costs."""
+    candidates = Candidates(
+        workers,
+        overlaps,
+        prompt_tokens=request.prompt_tokens,
+        block_size_tokens=request.block_size_tokens,
+        is_prefill_local=is_prefill_local,
+        session_worker=request.session_worker,
     )
+    name = policy.decode_policy if candidates.is_decoding else policy.prefill_policy
+    candidates.costs = POLICIES[name](candidates, policy, random)
+    return candidates
 
 
 def _draw(
-    request: Request, ranked: Sequence[Candidate], policy: Policy, random: Random
-) -> tuple[Candidate, Pick]:
-    """One of at least one candidate, cheapest first, and why it is this one."""
-    if (pinned := request.pinned.get(ranked[0].worker.role)) is not None:
-        return next(c for c in ranked if c.worker.instance_id == pinned), Pick.PINNED
-    cheapest = ranked[0].cost
-    spread = ranked[-1].cost - cheapest
-    if policy.temperature <= 0 or spread <= 0:
-        ties = [candidate for candidate in ranked if candidate.cost == cheapest]
-        return (ties[0], Pick.LOWEST) if len(ties) == 1 else (random.choice(ties), Pick.TIE)
-    weights = [
-        math.exp((cheapest - candidate.cost) / (policy.temperature * spread))
-        for candidate in ranked
-    ]
-    return random.choices(ranked, weights)[0], Pick.DRAWN
+    request: Request, candidates: Candidates, policy: Policy, random: Random
+) -> tuple[Candidate, Pick] | None:
+    """Who is chosen, and why; None when the policy takes none."""
+    pinned = request.pinned.get(candidates.workers[0].role)
+    if pinned is not None:
+        named = [worker.instance_id == pinned for worker in candidates.workers]
+        return candidates.at(named.index(True)), Pick.PINNED
+    costs = candidates.costs
+    cheapest = min(costs)
+    if cheapest == NEVER:
+        return None
+    if policy.temperature > 0:
+        dearest = max(cost for cost in costs if cost < NEVER)
+        if dearest > cheapest:
+            scale = policy.temperature * (dearest - cheapest)
+            odds = [math.exp((cheapest - cost) / scale) for cost in costs]
+            return candidates.at(random.choices(range(len(costs)), odds)[0]), Pick.DRAWN
+    if costs.count(cheapest) == 1:
+        return candidates.at(costs.index(cheapest)), Pick.LOWEST
+    ties = [position for position, cost in enumerate(costs) if cost == cheapest]
+    return candidates.at(random.choice(ties)), Pick.TIE

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from typing import NewType
 
 from services.router.core.estimated_holdings import EstimatedHoldings
 
 InstanceId = NewType("InstanceId", int)
+
+_turns = count(1)
 
 
 class Role(Enum):
@@ -48,6 +51,8 @@ class Worker:
     """One worker of one model."""
 
     __slots__ = (
+        "_load",
+        "active_kv_blocks",
         "block_size_tokens",
         "booked_kv_blocks",
         "booked_prefill_tokens",
@@ -55,9 +60,11 @@ class Worker:
         "holdings",
         "instance_id",
         "is_available",
-        "load",
+        "last_turn",
         "model",
         "name",
+        "queued_prefill_tokens",
+        "requests",
         "role",
         "transfer_backend",
     )
@@ -81,18 +88,40 @@ class Worker:
         self.is_available = False
         """Whether it is registered and our session to it stands. A worker that died is out at once,
         not when its lease ends."""
-        self.load = Load()
         self.holdings: EstimatedHoldings | None = None
         """What it probably holds, when no KV events tell."""
         self.booked_requests = 0
         self.booked_prefill_tokens = 0
         self.booked_kv_blocks = 0
+        self.last_turn = 0
+        """Larger than that of any worker that was booked before it last was; 0 if it never was."""
+        # Sums of what it said and what is booked. Kept, since every decision reads those of every
+        # worker.
+        self.requests = 0
+        """In progress, waiting there, or on their way."""
+        self.queued_prefill_tokens = 0
+        """Prompt tokens ahead of a request that came now."""
+        self.active_kv_blocks = 0
+        """Blocks of sequences in progress, and of those on their way."""
+        self._load = Load()
+
+    @property
+    def load(self) -> Load:
+        """What it said last."""
+        return self._load
+
+    @load.setter
+    def load(self, load: Load) -> None:
+        self._load = load
+        self._add_up()
 
     def book(self, booking: Booking) -> None:
         """Adds work that the load does not include yet."""
         self.booked_requests += 1
         self.booked_prefill_tokens += booking.prefill_tokens
         self.booked_kv_blocks += booking.kv_blocks
+        self.last_turn = next(_turns)
+        self._add_up()
 
     def unbook(self, booking: Booking) -> None:
         """Takes a booking back: the load includes it now, or it will never be."""
@@ -100,13 +129,10 @@ class Worker:
         self.booked_prefill_tokens -= booking.prefill_tokens
         self.booked_kv_blocks -= booking.kv_blocks
         assert self.booked_requests >= 0
+        self._add_up()
 
-    @property
-    def queued_prefill_tokens(self) -> int:
-        """Prompt tokens ahead of a request that came now."""
-        return self.load.queued_prefill_tokens + self.booked_prefill_tokens
-
-    @property
-    def active_kv_blocks(self) -> int:
-        """Blocks of sequences in progress, and of those on their way."""
-        return self.load.active_kv_blocks + self.booked_kv_blocks
+    def _add_up(self) -> None:
+        load = self._load
+        self.requests = load.running_requests + load.waiting_requests + self.booked_requests
+        self.queued_prefill_tokens = load.queued_prefill_tokens + self.booked_prefill_tokens
+        self.active_kv_blocks = load.active_kv_blocks + self.booked_kv_blocks

@@ -64,7 +64,7 @@ class Stand:
         self.instances: Table[discovery_pb2.Instance] = Table()
         self.cards: Table[discovery_pb2.ModelCard] = Table()
         self.live_settings: Table[struct_pb2.Value] = Table()
-        self.indexer = FakeIndexer()
+        self.indexer = FakeIndexer()  # type: ignore[abstract]
         self.workers: dict[str, SimWorker] = {}
         """Those that were added, by name."""
         self.fleet: Fleet

@@ -77,7 +77,7 @@ MALFORMED = pytest.mark.parametrize(
 async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
     overlaps: list[kv_indexer_pb2.Overlap],
 ) -> None:
-    indexer = Indexer()
+    indexer = Indexer()  # type: ignore[abstract]
     async with asking(indexer) as client, asyncio.timeout(10):
         indexer.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=overlaps)
         assert await client.find([QUERY]) == [None]
@@ -89,7 +89,7 @@ async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
 async def test_a_malformed_answer_costs_none_since_another_indexer_is_asked(
     overlaps: list[kv_indexer_pb2.Overlap],
 ) -> None:
-    indexers = Indexer(), Indexer()
+    indexers = Indexer(), Indexer()  # type: ignore[abstract]
     async with asking(*indexers) as client, asyncio.timeout(10):
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
@@ -99,7 +99,7 @@ async def test_a_malformed_answer_costs_none_since_another_indexer_is_asked(
 
 
 async def test_an_indexer_that_gets_stuck_costs_one_answer() -> None:
-    indexers = Indexer(), Indexer()
+    indexers = Indexer(), Indexer()  # type: ignore[abstract]
     async with asking(*indexers) as client, asyncio.timeout(10):
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
@@ -110,7 +110,7 @@ async def test_an_indexer_that_gets_stuck_costs_one_answer() -> None:
 
 
 async def test_without_an_indexer_each_change_is_told_once() -> None:
-    indexer, degraded = Indexer(), Degraded()
+    indexer, degraded = Indexer(), Degraded()  # type: ignore[abstract]
 
     def gauge() -> float | None:
         return REGISTRY.get_sample_value("switchgear_router_degraded", {"reason": "no_kv_indexer"})
@@ -131,7 +131,7 @@ async def test_without_an_indexer_each_change_is_told_once() -> None:
 
 
 async def test_what_an_indexer_says_that_it_lacks_is_told() -> None:
-    indexer, degraded = Indexer(), Degraded()
+    indexer, degraded = Indexer(), Degraded()  # type: ignore[abstract]
     async with asking(indexer, degraded=degraded) as client, asyncio.timeout(10):
         indexer.babble = kv_indexer_pb2.FindOverlapResponse(
             overlaps=[kv_indexer_pb2.Overlap(instance_ids=[HOLDER], blocks=[1])],

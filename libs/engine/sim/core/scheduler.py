@@ -341,7 +341,9 @@ class Scheduler:
             sequence.held_blocks = cached_blocks
             sequence.private_blocks = private_blocks
             sequence.computed_tokens = cached_blocks * block_size
-            if not sequence.is_started:
+            if not sequence.was_admitted:
+                # Later on it finds what it has computed itself.
+                sequence.was_admitted = True
                 sequence.cached_tokens = sequence.computed_tokens
             if sequence.kv_session:
                 sequence.phase = Phase.PULLING

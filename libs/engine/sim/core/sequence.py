@@ -47,6 +47,7 @@ class Sequence:
         "submitted_at",
         "tokens",
         "transferred_tokens",
+        "was_admitted",
     )
 
     def __init__(
@@ -81,6 +82,8 @@ class Sequence:
         """While decoding: of the token source, after all tokens."""
         self.pending_prefill_tokens = 0
         self.is_started = False
+        self.was_admitted = False
+        """It got blocks once; it may have lost them again."""
         self.cached_tokens = 0
         self.transferred_tokens = 0
         self.kv_session: KvSession | None = request.kv_session

@@ -1,0 +1,1 @@
+"""How well requests are routed: recorded traces replayed on simulated workers, beside Dynamo."""

@@ -1,0 +1,243 @@
+"""Replays a trace on simulated engines behind the router's own decisions, on a virtual clock.
+
+Nothing here decides or simulates: the engines are the simulator's schedulers, the index is the KV
+indexer's, and decisions, loads and bookings are the router's. This module passes between them what
+the services pass over the wire, when it would arrive:
+
+    a request is decided on at its arrival, with the loads and the index as known then
+    a worker's load comes with the message of every step, and takes over what was booked before
+    its KV events are gathered for a while, as workers do, before the index has them
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from benchmarks.routing.trace import Arrival
+from libs.common import hashing
+from libs.engine.interface import (
+    EngineBlocksRemoved,
+    EngineBlocksStored,
+    EngineKvEvent,
+    EngineRequest,
+    Leg,
+    RequestKey,
+)
+from libs.engine.sim.core.scheduler import Scheduler, SchedulerLimits
+from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
+from libs.engine.sim.core.tokens import TokenSource
+from services.kv_indexer.core.index import BlockIndex
+from services.router.core.decision import Policy, Request, decide
+from services.router.core.predicted_overlap import PredictedOverlap
+from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
+
+MODEL = "replayed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What is the same for all policies. The defaults are those of Dynamo's mocker."""
+
+    workers: int
+    block_size_tokens: int = 16
+    kv_blocks: int = 16_384
+    """Of each worker."""
+    chunk_tokens: int = 8_192
+    max_running_requests: int = 256
+    timing: TimingModel = dynamo_mocker
+    kv_event_lag_seconds: float = 0.05
+    """Between a change of a worker's cache and the index knowing it."""
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one request."""
+
+    arrival: Arrival
+    worker: InstanceId
+    predicted_cached_tokens: int
+    """As the router knew when it decided."""
+    cached_tokens: int = 0
+    """As the engine found when it began."""
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    @property
+    def ttft_seconds(self) -> float:
+        return self.first_token_at - self.arrival.at_seconds
+
+    @property
+    def itl_seconds(self) -> float | None:
+        """Mean gap between its tokens; None with a single one."""
+        gaps = self.arrival.output_tokens - 1
+        return (self.last_token_at - self.first_token_at) / gaps if gaps else None
+
+
+@dataclass(slots=True)
+class _Engine:
+    """One worker, as itself and as the router sees it."""
+
+    scheduler: Scheduler
+    worker: Worker
+    is_stepping: bool = False
+    bookings: deque[Booking] = field(default_factory=deque)
+
+
+class Replay:
+    """One run."""
+
+    def __init__(self, arrivals: Sequence[Arrival], policy: Policy, terms: Terms) -> None:
+        self._arrivals = arrivals
+        self._policy = policy
+        self._terms = terms
+        self._random = Random(terms.seed)
+        self._predicted = PredictedOverlap()
+        self._index = BlockIndex(max_bytes=1 << 30)
+        self._engines = [self._engine(number) for number in range(terms.workers)]
+        self._workers = [engine.worker for engine in self._engines]
+        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = 0
+        self._hashes: dict[RequestKey, list[int]] = {}
+        """Of the prompts in progress."""
+        self.outcomes: list[Outcome] = []
+
+    def _engine(self, number: int) -> _Engine:
+        terms = self._terms
+        instance = InstanceId(number + 1)
+        worker = Worker(
+            instance_id=instance,
+            name=f"decode-{number}",
+            role=Role.DECODE,
+            model=MODEL,
+            block_size_tokens=terms.block_size_tokens,
+        )
+        worker.load = Load(total_kv_blocks=terms.kv_blocks)
+        worker.is_available = True
+        self._index.add(instance, MODEL, terms.block_size_tokens)
+        limits = SchedulerLimits(
+            block_size_tokens=terms.block_size_tokens,
+            total_kv_blocks=terms.kv_blocks,
+            context_length_tokens=terms.kv_blocks * terms.block_size_tokens,
+            max_running_requests=terms.max_running_requests,
+            chunk_tokens=terms.chunk_tokens,
+            kv_lease_seconds=1.0,
+        )
+        # Produced tokens never equal prompt tokens: a trace says nothing of their reuse.
+        vocabulary = range((1 << 32) - 1_024, 1 << 32)
+        scheduler = Scheduler(limits, terms.timing, TokenSource(vocabulary), engine_id=worker.name)
+        return _Engine(scheduler, worker)
+
+    def run(self, progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
+        """Until everything has ended. `progress` is told now and then how many have arrived."""
+        arrived = 0
+        agenda, arrivals = self._agenda, self._arrivals
+        while agenda or arrived < len(arrivals):
+            if arrived < len(arrivals) and (
+                not agenda or arrivals[arrived].at_seconds <= agenda[0][0]
+            ):
+                self._arrive(arrivals[arrived])
+                arrived += 1
+                if not arrived % 1_000:
+                    progress(arrived)
+            else:
+                now, _, act = heapq.heappop(agenda)
+                act(now)
+        return self.outcomes
+
+    def _at(self, time: float, act: Callable[[float], None]) -> None:
+        self._order += 1
+        heapq.heappush(self._agenda, (time, self._order, act))
+
+    def _arrive(self, arrival: Arrival) -> None:
+        now = arrival.at_seconds
+        size = self._terms.block_size_tokens
+        prompt = arrival.prompt()
+        hashes = hashing.sequence_hashes(prompt, size)
+        overlaps = self._predicted.overlap(hashes)
+        for instance, blocks in self._index.overlap(MODEL, size, hashes).items():
+            held = InstanceId(instance)
+            overlaps[held] = max(blocks, overlaps.get(held, 0))
+        request = Request(model=MODEL, prompt_tokens=len(prompt), block_size_tokens=size)
+        decision = decide(request, self._workers, overlaps, self._policy, self._random)
+        assert decision is not None
+        chosen = decision.decode
+        engine = self._engines[chosen.worker.instance_id - 1]
+        chosen.worker.book(chosen.booking)
+        engine.bookings.append(chosen.booking)
+        self._predicted.sent(chosen.worker.instance_id, hashes)
+        key = RequestKey(len(self.outcomes))
+        self._hashes[key] = hashes
+        self.outcomes.append(
+            Outcome(arrival, chosen.worker.instance_id, chosen.overlap_blocks * size)
+        )
+        engine.scheduler.submit(
+            EngineRequest(
+                key=key,
+                request_id="",
+                prompt=prompt,
+                last_sequence_hash=hashes[-1] if hashes else 0,
+                leg=Leg.WHOLE,
+                max_tokens=arrival.output_tokens,
+                ignore_eos=True,
+            ),
+            now,
+        )
+        if not engine.is_stepping:
+            engine.is_stepping = True
+            # After everything else that arrives at this moment.
+            self._at(now, lambda now: self._begin(engine, now))
+
+    def _begin(self, engine: _Engine, now: float) -> None:
+        seconds = engine.scheduler.begin_step(now)
+        engine.is_stepping = seconds is not None
+        if seconds is not None:
+            self._at(now + seconds, lambda now: self._end(engine, now))
+
+    def _end(self, engine: _Engine, now: float) -> None:
+        step = engine.scheduler.end_step(now)
+        for start in step.starts:
+            outcome = self.outcomes[start.key]
+            outcome.first_token_at = now
+            outcome.cached_tokens = start.cached_tokens
+        for finish in step.finishes:
+            assert finish.error is None, finish.error
+            self.outcomes[finish.key].last_token_at = now
+            self._predicted.ended(engine.worker.instance_id, self._hashes.pop(finish.key))
+        self._tell_load(engine)
+        if events := engine.scheduler.take_events():
+            instance = engine.worker.instance_id
+            self._at(
+                now + self._terms.kv_event_lag_seconds,
+                lambda _: self._index_events(instance, events),
+            )
+        self._begin(engine, now)
+
+    def _tell_load(self, engine: _Engine) -> None:
+        load = engine.scheduler.load()
+        engine.worker.load = Load(
+            load.running_requests,
+            load.waiting_requests,
+            load.queued_prefill_tokens,
+            load.active_kv_blocks,
+            load.total_kv_blocks,
+        )
+        while engine.bookings:
+            engine.worker.unbook(engine.bookings.popleft())
+
+    def _index_events(self, instance: InstanceId, events: Sequence[EngineKvEvent]) -> None:
+        """This engine names blocks by their sequence hashes, and holds no block without those
+        before it: what the worker's ledger would publish is what the engine says."""
+        for event in events:
+            if isinstance(event, EngineBlocksStored):
+                self._index.store(instance, [_sequence_hash(h) for h in event.engine_hashes])
+            elif isinstance(event, EngineBlocksRemoved):
+                self._index.discard(instance, [_sequence_hash(h) for h in event.engine_hashes])
+
+
+def _sequence_hash(engine_hash: bytes) -> int:
+    return int.from_bytes(engine_hash, "big")

@@ -1,0 +1,195 @@
+"""The workers that could run a leg, with the terms that policies weigh. Pure.
+
+Kept as columns: a decision among a thousand workers reads a few lists, and an object for a
+candidate is made only when somebody looks at it. The columns are as of the decision, whatever
+becomes of the workers' loads later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+from services.router.core.workers import Booking, InstanceId, Role, Worker
+
+HOST_CREDIT, DISK_CREDIT = 0.75, 0.25
+"""What a block in host memory or on disk saves of computing it: it has to be fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class TieredOverlap:
+    """What a worker holds of a prompt when not all of it is on the device."""
+
+    device_blocks: int
+    host_blocks: int = 0
+    """Leading blocks after those."""
+    disk_blocks: int = 0
+    """Leading blocks after all of those."""
+
+    @property
+    def blocks(self) -> int:
+        return self.device_blocks + self.host_blocks + self.disk_blocks
+
+    @property
+    def missing_credit_blocks(self) -> float:
+        """By how much it saves less than as many blocks on the device."""
+        return (1 - HOST_CREDIT) * self.host_blocks + (1 - DISK_CREDIT) * self.disk_blocks
+
+
+Overlaps = Mapping[InstanceId, int | TieredOverlap]
+"""Leading blocks of the prompt that each worker holds; those that hold none are left out. A plain
+number is of blocks on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker's terms, in tokens of work but for the overlap."""
+
+    worker: Worker
+    overlap_blocks: int
+    queued_prefill_tokens: int
+    new_prefill_tokens: int
+    new_kv_blocks: int
+    decode_tokens: int
+    cost: float
+    stalled_tokens: int = 0
+    overflow_tokens: int = 0
+
+    @property
+    def booking(self) -> Booking:
+        """What choosing it adds to its load."""
+        return Booking(self.new_prefill_tokens, self.new_kv_blocks)
+
+
+class Candidates(Sequence[Candidate]):
+    """At least one worker of one role. As a sequence: cheapest first, once `costs` are set."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        overlaps: Overlaps,
+        *,
+        prompt_tokens: int,
+        block_size_tokens: int,
+        is_prefill_local: bool,
+        session_worker: InstanceId | None = None,
+    ) -> None:
+        """`is_prefill_local`: whether whoever is chosen computes the prompt."""
+        self.workers = workers
+        self.costs: Sequence[float] = [0.0] * len(workers)
+        """In the order of `workers`."""
+        self.is_decoding = workers[0].role is Role.DECODE
+        """Whether whoever is chosen decodes."""
+        self.session_worker = session_worker
+        """Who served the request's session last."""
+        self._prompt_tokens = prompt_tokens
+        self.queued_tokens = [worker.queued_prefill_tokens for worker in workers]
+        """Prompt tokens to compute before this prompt."""
+        sizes = {worker.block_size_tokens for worker in workers}
+        # Blocks in use by this prompt, if none of it is held.
+        self._needed = {size: -(-prompt_tokens // size) for size in sizes}
+        self.overlap_blocks = [0] * len(workers)
+        """Leading blocks of the prompt held."""
+        self._uncredited_tokens: dict[int, float] = {}
+        """By position, of workers that hold some of it in lower tiers."""
+        if overlaps and block_size_tokens in sizes:
+            self._read(overlaps, block_size_tokens)
+        self.new_tokens = self._new_tokens(block_size_tokens) if is_prefill_local else None
+        """Prompt tokens that the worker would compute; None when they are computed elsewhere."""
+
+    def _read(self, overlaps: Overlaps, block_size_tokens: int) -> None:
+        held = overlaps.get
+        found = [
+            held(worker.instance_id, 0) if worker.block_size_tokens == block_size_tokens else 0
+            for worker in self.workers
+        ]
+        self.overlap_blocks = [
+            one if isinstance(one, int) else self._tiered(position, one, block_size_tokens)
+            for position, one in enumerate(found)
+        ]
+
+    def _tiered(self, position: int, overlap: TieredOverlap, block_size_tokens: int) -> int:
+        self._uncredited_tokens[position] = overlap.missing_credit_blocks * block_size_tokens
+        return overlap.blocks
+
+    def _new_tokens(self, block_size_tokens: int) -> list[int]:
+        # The last token is always computed: its logits give the first output token.
+        prompt = self._prompt_tokens
+        if not any(self.overlap_blocks):
+            return [max(1, prompt)] * len(self.workers)
+        new = [max(1, prompt - blocks * block_size_tokens) for blocks in self.overlap_blocks]
+        for position, tokens in self._uncredited_tokens.items():
+            new[position] = max(1, round(new[position] + tokens))
+        return new
+
+    @cached_property
+    def decode_tokens(self) -> list[int]:
+        """KV that the worker would hold, this prompt's included."""
+        if not self.is_decoding:
+            return [0] * len(self.workers)
+        needed = self._needed
+        if len(needed) == 1:
+            [(size, blocks)] = needed.items()
+            return [
+                (worker.active_kv_blocks + max(0, blocks - held)) * size
+                for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
+            ]
+        return [
+            (worker.active_kv_blocks + max(0, needed[worker.block_size_tokens] - held))
+            * worker.block_size_tokens
+            for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
+        ]
+
+    @cached_property
+    def stalled_tokens(self) -> list[int]:
+        """Prompt tokens to compute, once for each request that stands still meanwhile."""
+        if self.new_tokens is None or not self.is_decoding:
+            return [0] * len(self.workers)
+        return [
+            new * worker.requests for new, worker in zip(self.new_tokens, self.workers, strict=True)
+        ]
+
+    @cached_property
+    def overflow_tokens(self) -> list[int]:
+        """KV for which there is no room, so that somebody must wait for others to end."""
+        return [
+            max(0, tokens - worker.load.total_kv_blocks * worker.block_size_tokens)
+            if worker.load.total_kv_blocks
+            else 0
+            for tokens, worker in zip(self.decode_tokens, self.workers, strict=True)
+        ]
+
+    def at(self, position: int) -> Candidate:
+        """The candidate at a position of `workers`."""
+        worker = self.workers[position]
+        held = self.overlap_blocks[position]
+        new_blocks = max(0, self._needed[worker.block_size_tokens] - held)
+        return Candidate(
+            worker,
+            held,
+            self.queued_tokens[position],
+            0 if self.new_tokens is None else self.new_tokens[position],
+            new_blocks if self.is_decoding else 0,
+            self.decode_tokens[position],
+            self.costs[position],
+            self.stalled_tokens[position],
+            self.overflow_tokens[position],
+        )
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.workers)), key=self.costs.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    @overload
+    def __getitem__(self, index: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Candidate]: ...
+    def __getitem__(self, index: int | slice) -> Candidate | list[Candidate]:
+        if isinstance(index, slice):
+            return [self.at(position) for position in self._order[index]]
+        return self.at(self._order[index])
