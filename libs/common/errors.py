@@ -105,7 +105,8 @@ class DeadlineExceeded(SwitchgearError):
 
 
 class KvBatchesGone(SwitchgearError):
-    """A worker no longer has the KV event batches that a reader missed: a snapshot will do."""
+    """A worker no longer has the KV event batches that a reader missed, or they are too many: a
+    snapshot will do."""
 
     code, http, reason = (
         StatusCode.OUT_OF_RANGE,

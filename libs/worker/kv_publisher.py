@@ -53,8 +53,13 @@ MAX_UNSENT_BYTES = 8 << 20
 SNAPSHOT_MESSAGE_BLOCKS = 65_536
 
 RECENT_BYTES = 8 << 20
-"""Batches kept for readers that missed some: a million blocks or so. Those who lack more than that
-are better off with a snapshot."""
+"""Batches kept for readers that missed some: a million blocks or so."""
+
+HASH_BYTES = 8
+"""Of a block, in batches and snapshots."""
+
+FEW_RECENT_BYTES = 64 << 10
+"""So much is sent as batches even where a snapshot is smaller."""
 
 RECENT_MESSAGE_BYTES = 1 << 20
 """A message of batches goes once it has that much."""
@@ -123,12 +128,16 @@ class KvPublisher:
     def batches(
         self, epoch: int, first: int, last: int
     ) -> Iterator[worker_pb2.GetKvBatchesResponse]:
-        """Batches `first` to `last` again. Raises KvBatchesGone unless all of them are here."""
+        """Batches `first` to `last` again. Raises KvBatchesGone unless all of them are here, and
+        when a snapshot is smaller."""
         if not 1 <= first <= last:
             raise InvalidRequest(f"batches {first} to {last} are no range")
         found = self._recent.between(first, last) if epoch == self._ledger.epoch else None
         if found is None:
             raise KvBatchesGone(f"not all of batches {first} to {last} of epoch {epoch} are here")
+        found_bytes = sum(map(len, found))
+        if found_bytes > max(FEW_RECENT_BYTES, HASH_BYTES * self._ledger.published_blocks):
+            raise KvBatchesGone(f"batches {first} to {last} are {found_bytes} bytes: too many")
         message = worker_pb2.GetKvBatchesResponse()
         size_bytes = 0
         for batch in found:

@@ -194,6 +194,19 @@ async def test_batches_of_another_epoch_or_not_numbered_yet_are_refused() -> Non
             list(publisher.batches(epoch, first, last))
 
 
+async def test_batches_larger_than_a_snapshot_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publisher = publisher_on(Client())
+    epoch = numbered(publisher, 1, 2).epoch
+    numbered(publisher, 3, 4)
+    assert list(publisher.batches(epoch, 1, 2))
+    # Each holds one block, and says more besides.
+    monkeypatch.setattr(kv_publisher, "FEW_RECENT_BYTES", 0)
+    with pytest.raises(KvBatchesGone, match="too many"):
+        list(publisher.batches(epoch, 1, 2))
+
+
 async def test_many_batches_come_in_messages_of_bounded_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
