@@ -39,7 +39,7 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart bench bench-quick clean
+.PHONY: help env env-vllm env-smg proto lock model check test test-fast up down status logs restart explain verify bench bench-quick bench-index bench-recovery bench-routing soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets

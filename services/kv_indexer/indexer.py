@@ -68,8 +68,8 @@ class FollowedStatus:
     applied: int
     missing_batches: int
     held_blocks: int
-    is_full: bool
-    """Whether the index lacks some of its blocks for want of room."""
+    evicted_blocks: int
+    """Blocks of its that the index lacks for want of room."""
     degraded_reason: str
     """Empty when its blocks follow the worker."""
 
@@ -176,7 +176,7 @@ class Indexer:
             applied=follower.applied,
             missing_batches=follower.missing_batches,
             held_blocks=self.index.held_blocks(worker.instance),
-            is_full=follower.is_full,
+            evicted_blocks=self.index.evicted_blocks(worker.instance),
             degraded_reason=followed.degraded_reason if is_connected else EVENTS_DISCONNECTED,
         )
 

@@ -93,11 +93,10 @@ def _difference(
     snapshot: KvSnapshot,
     batches: Iterable[KvBatch],
 ) -> Difference:
-    at_worker = set(snapshot.sequence_hashes)
     return compare(
         brought_up(held, batches),
-        at_worker,
-        may_lack_blocks=len(at_worker) if status.is_full else 0,
+        set(snapshot.sequence_hashes),
+        may_lack_blocks=status.evicted_blocks,
     )
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import assert_never
 
-from libs.common.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, SequenceHash
+from libs.common.kv_events import (
+    BlocksRemoved,
+    BlocksStored,
+    CacheCleared,
+    KvBatch,
+    SequenceHash,
+    Tier,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +30,17 @@ class Difference:
 
 
 def brought_up(held: set[SequenceHash], batches: Iterable[KvBatch]) -> set[SequenceHash]:
-    """What is held after these batches, which follow on what was held before."""
+    """What is held in device memory, the only tier that snapshots tell of, after these batches,
+    which follow on what was held before."""
     for batch in batches:
         for event in batch.events:
             match event:
-                case BlocksStored(hashes):
-                    held.update(hashes)
-                case BlocksRemoved(hashes):
-                    held.difference_update(hashes)
+                case BlocksStored(hashes, tier=tier):
+                    if tier is Tier.DEVICE:
+                        held.update(hashes)
+                case BlocksRemoved(hashes, tier=tier):
+                    if tier is Tier.DEVICE:
+                        held.difference_update(hashes)
                 case CacheCleared():
                     held.clear()
                 case _:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libs.common.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch
+from libs.common.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, Tier
 from services.kv_indexer.core.comparison import brought_up, compare
 
 blocks = st.frozensets(st.integers(0, 9))
@@ -35,3 +35,8 @@ def test_batches_on_their_way_are_counted_in_before_the_comparison() -> None:
     first = KvBatch(1, 5, [BlocksStored([4]), BlocksRemoved([1, 7])])
     assert brought_up({1, 2}, [first]) == {2, 4}
     assert brought_up({1, 2}, [first, KvBatch(1, 6, [CacheCleared(), BlocksStored([8])])]) == {8}
+
+
+def test_batches_of_slower_tiers_are_left_out_as_snapshots_leave_them_out() -> None:
+    slower = KvBatch(1, 5, [BlocksStored([4], tier=Tier.HOST), BlocksRemoved([1], Tier.HOST)])
+    assert brought_up({1, 2}, [slower]) == {1, 2}
