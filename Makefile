@@ -8,6 +8,8 @@ vllm_lock := requirements/$(if $(shell nvidia-smi -L 2>/dev/null),vllm-gpu,vllm-
 env_stamp := .venv/.lock-$(firstword $(shell cksum < $(dev_lock)))
 dynamo_lock := requirements/dynamo.txt
 dynamo_stamp := .venv-dynamo/.lock-$(firstword $(shell cksum < $(dynamo_lock)))
+smg_lock := requirements/smg.txt
+smg_stamp := .venv-smg/.lock-$(firstword $(shell cksum < $(smg_lock)))
 vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
 proto_stamp := build/proto/switchgear/py.typed
 code := $(wildcard libs services deploy tests benchmarks)
@@ -29,6 +31,8 @@ DETACH ?=
 # Of `make logs` and `make restart`: one process, such as router-0.
 SERVICE ?=
 FOLLOW ?=
+# Of `make explain`: one request's id.
+REQUEST ?=
 # Of `make test`: further arguments for pytest.
 PYTEST_ARGS ?=
 # Of `make bench`: further arguments, such as --rounds 5.
@@ -39,7 +43,7 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm env-smg proto lock model check test test-fast up down status logs restart explain verify bench bench-quick bench-index bench-recovery bench-routing soak clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart explain verify bench bench-quick bench-index bench-recovery soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +66,9 @@ $(vllm_stamp):
 
 $(dynamo_stamp):
 	@scripts/env.sh .venv-dynamo $(dynamo_lock) $@
+
+$(smg_stamp):
+	@scripts/env.sh .venv-smg $(smg_lock) $@
 
 lock: env ## write requirements/*.txt anew from requirements/*.in
 	@scripts/lock.sh --upgrade
@@ -105,13 +112,30 @@ logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)
 restart: ## start one process again (SERVICE=router-0)
 	@$(launcher) restart $(SERVICE)
 
-bench: $(env_stamp) $(dynamo_stamp) $(proto_stamp) ## compare with NVIDIA Dynamo under load (15 minutes, a quiet machine)
+explain: ## show why requests went where they went (REQUEST=chatcmpl-... for one)
+	@$(launcher) explain $(REQUEST)
+
+verify: ## compare the KV indexers with what the workers hold
+	@$(launcher) verify
+
+bench_env := $(env_stamp) $(dynamo_stamp) $(proto_stamp)
+
+bench: $(bench_env) $(smg_stamp) ## compare with NVIDIA Dynamo and SMG under load (20 minutes, a quiet machine)
 	@scripts/wrk.sh
 	.venv/bin/python -m benchmarks.serving run $(BENCH_ARGS)
 
-bench-quick: $(env_stamp) $(dynamo_stamp) $(proto_stamp) ## the same for a few scenarios, one short run each
+bench-quick: $(bench_env) $(smg_stamp) ## the same for a few scenarios, one short run each
 	@scripts/wrk.sh
 	.venv/bin/python -m benchmarks.serving run --quick $(BENCH_ARGS)
+
+bench-index: $(bench_env) ## compare the KV index with Dynamo's radix tree
+	.venv/bin/python -m benchmarks.kv_index $(BENCH_ARGS)
+
+bench-recovery: $(env_stamp) $(proto_stamp) ## break what feeds the KV index, and time until it is right again
+	.venv/bin/python -m benchmarks.kv_recovery $(BENCH_ARGS)
+
+soak: $(env_stamp) $(proto_stamp) ## send 200,000 requests of all kinds, and look at what they leave behind
+	.venv/bin/python -m benchmarks.soak $(BENCH_ARGS)
 
 clean: ## stop everything and remove what was made, but the environments and the model
 	@if [ -x .venv/bin/python ]; then $(launcher) down; fi

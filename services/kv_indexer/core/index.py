@@ -85,10 +85,9 @@ _Place = tuple[_Generation, _Holders] | tuple[None, None]
 class _Worker:
     """One worker's share of the index. Blocks count once for each tier."""
 
-    __slots__ = ("bit", "evicted", "held", "instance", "model")
+    __slots__ = ("bit", "evicted", "held", "model")
 
-    def __init__(self, instance: InstanceId, model: _Model, bit: int) -> None:
-        self.instance = instance
+    def __init__(self, model: _Model, bit: int) -> None:
         self.model = model
         self.bit = bit
         self.held = 0
@@ -228,7 +227,7 @@ class BlockIndex:
         """Adds a worker that holds nothing yet. It must not be in the index."""
         assert instance not in self._workers
         of_model = self._models.setdefault((model, block_size_tokens), _Model())
-        self._workers[instance] = _Worker(instance, of_model, of_model.take_bit(instance))
+        self._workers[instance] = _Worker(of_model, of_model.take_bit(instance))
 
     def remove(self, instance: InstanceId) -> None:
         """Forgets a worker and what it holds, and its model with the model's last worker."""
