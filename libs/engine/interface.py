@@ -9,7 +9,7 @@ of its own brings their results there first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType, Protocol
@@ -40,6 +40,26 @@ class Leg(Enum):
     WHOLE = 3
 
 
+class Language(Enum):
+    """What kind of text an output must be. Values are names in OutputConstraint."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICES = "choices"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConstraint:
+    """What the output must look like. As switchgear.common.v1.OutputConstraint."""
+
+    language: Language
+    definition: str = ""
+    """The schema, expression or grammar; empty for the other languages."""
+    choices: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is drawn. None means the engine's default."""
@@ -52,6 +72,17 @@ class Sampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """By token id."""
+    constraint: OutputConstraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobOptions:
+    """How many alternatives to report beside each token; None reports nothing of it."""
+
+    output_alternatives: int | None = None
+    prompt_alternatives: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +117,11 @@ class EngineRequest:
     stop_token_ids: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     cache_salt: str = ""
+    logprobs: LogprobOptions | None = None
+    priority: int = 0
+    """Lower ones first."""
+    produced_tokens: int = 0
+    """How many of the prompt's last tokens are output of an earlier worker."""
     kv_session: KvSession | None = None
     """For the decode leg. Checked by the engine just before it pulls; what can't be pulled in
     time is computed here."""
@@ -121,6 +157,20 @@ class Prefilled:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log probabilities in consecutive positions of a sequence: flat, `candidates` of each.
+
+    The first candidate of a position is the token that stands there, the others are the likeliest
+    ones, likeliest first, which may be it again.
+    """
+
+    key: RequestKey
+    candidates: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
 @dataclass(slots=True)
 class Step:
     """What one engine step produced. `keys`, `counts` and `tokens` are columns: keys[i] got the
@@ -132,6 +182,10 @@ class Step:
     starts: list[Start] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
     prefilled: list[Prefilled] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """Of the tokens of requests that asked for them, in the same order."""
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """Of prompts, from their second token on, in the step that starts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +274,8 @@ class Engine(ABC):
     @abstractmethod
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Takes requests in, in order. Every one of them ends in exactly one Finish or Prefilled,
-        unless the engine dies or the request is cancelled first."""
+        unless the engine dies or the request is cancelled first. One that asks for what the engine
+        can't do ends with InvalidRequest."""
 
     @abstractmethod
     def cancel(self, keys: Sequence[RequestKey]) -> None:

@@ -174,6 +174,12 @@ class EngineHost:
                     live.session.produced(live.handle, tokens[position : position + number])
                     touched.add(live.session)
                 position += number
+        for found in step.logprobs:
+            if (live := live_of.get(found.key)) is not None:
+                live.session.found_logprobs(live.handle, found)
+        for found in step.prompt_logprobs:
+            if (live := live_of.get(found.key)) is not None:
+                live.session.found_prompt_logprobs(live.handle, found)
         for finish in step.finishes:
             if (live := self._forget(finish.key)) is not None:
                 live.session.finished(live.handle, finish)

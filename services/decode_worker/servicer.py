@@ -39,6 +39,10 @@ class DecodeWorkerServicer(decode_worker_pb2_grpc.DecodeWorkerServiceServicer):
             for start in outputs.starts:
                 response.cached_tokens = start.cached_tokens
                 response.transferred_tokens = start.transferred_tokens
+            if outputs.HasField("logprobs"):
+                response.logprobs.CopyFrom(outputs.logprobs)
+            if outputs.HasField("prompt_logprobs"):
+                response.prompt_logprobs.CopyFrom(outputs.prompt_logprobs)
             for finish in outputs.finishes:
                 response.finish_reason = finish.reason
             if response.token_ids or response.finish_reason:

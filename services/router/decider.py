@@ -85,6 +85,8 @@ class Decider:
         prompt: Prompt = Prompt.OPEN,
     ) -> Record | None:
         """Who runs the request; None when nobody can. Not kept."""
+        if prompt is Prompt.OPEN and routing.keeps_prompt_local:
+            prompt = Prompt.LOCAL
         decision = decide(
             Request(
                 model=routing.model,

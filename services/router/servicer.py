@@ -151,7 +151,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             block_size_tokens=block_size,
             options=request.options if request.HasField("options") else None,
         )
-        if block_size:
+        if block_size and not routing.keeps_prompt_local:
             routing.sequence_hashes.extend(
                 hashing.sequence_hashes(
                     generation.token_ids, block_size, cache_salt=generation.kv.cache_salt
@@ -229,7 +229,14 @@ def _responses(message: router_pb2.SessionResponse) -> list[router_pb2.GenerateR
             reason = finish.reason
         if outputs.token_ids or reason:
             responses.append(
-                router_pb2.GenerateResponse(token_ids=outputs.token_ids, finish_reason=reason)
+                router_pb2.GenerateResponse(
+                    token_ids=outputs.token_ids,
+                    finish_reason=reason,
+                    logprobs=outputs.logprobs if outputs.HasField("logprobs") else None,
+                    prompt_logprobs=(
+                        outputs.prompt_logprobs if outputs.HasField("prompt_logprobs") else None
+                    ),
+                )
             )
     return responses
 

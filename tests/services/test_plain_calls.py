@@ -72,6 +72,18 @@ async def test_a_prompt_computed_by_one_worker_is_continued_by_another() -> None
     assert [bool(r.finish_reason) for r in whole] == [False] * (len(whole) - 1) + [True]
 
 
+async def test_log_probabilities_come_with_their_tokens() -> None:
+    asked = generation()
+    asked.logprobs.output_alternatives = 2
+    asked.logprobs.prompt_alternatives = 0
+    async with sim_worker(DECODE, "d") as d:
+        answer = await generate(d, decode_worker_pb2.GenerateRequest(generation=asked))
+    for response in answer:
+        # The first candidate of three is the token itself.
+        assert list(response.logprobs.token_ids[::3]) == list(response.token_ids)
+    assert list(answer[0].prompt_logprobs.token_ids) == list(asked.token_ids[1:])
+
+
 async def test_kv_of_another_prompt_is_not_pulled() -> None:
     async with sim_worker(PREFILL, "p") as p, sim_worker(DECODE, "d") as d:
         computed = await prefill(p)

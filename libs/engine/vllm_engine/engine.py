@@ -22,6 +22,7 @@ from libs.engine.interface import (
     Finish,
     FinishReason,
     Leg,
+    LogprobOptions,
     Prefilled,
     RequestKey,
     Start,
@@ -171,6 +172,8 @@ class VllmEngine(Engine):
     def _pull_of(self, request: EngineRequest, now: float) -> dict[str, Any] | None:
         if request.leg is not Leg.DECODE or request.kv_session is None:
             return None
+        if request.logprobs is not None and request.logprobs.prompt_alternatives is not None:
+            return None  # What is pulled tells nothing of the prompt's own probabilities.
         try:
             pull = requests.pull_params(request, request.kv_session, now)
             if (peer := pull["remote_engine_id"]) in self._stalled:
@@ -218,7 +221,7 @@ class VllmEngine(Engine):
         else:
             arguments = requests.sampling_arguments(request, running.pull)
         try:
-            await vllm.add(vllm_id, request.prompt, request.cache_salt, arguments)
+            await vllm.add(vllm_id, request.prompt, request.cache_salt, request.priority, arguments)
         except InvalidRequest as error:
             if self._by_vllm_id.get(vllm_id) is running:
                 self._forget(running)
@@ -246,9 +249,21 @@ class VllmEngine(Engine):
             step.keys.append(key)
             step.counts.append(len(output.new_token_ids))
             step.tokens.extend(output.new_token_ids)
+            if (asked := running.request.logprobs) is not None:
+                self._find_logprobs(step, key, asked, output)
         if output.finish_reason is not None:
             self._forget(running)
             step.finishes.append(_finish(key, output))
+
+    @staticmethod
+    def _find_logprobs(step: Step, key: RequestKey, asked: LogprobOptions, output: Any) -> None:
+        if asked.output_alternatives is not None and (columns := output.new_logprobs) is not None:
+            step.logprobs.append(requests.logprobs_of(key, columns, asked.output_alternatives))
+        columns = output.new_prompt_logprobs_tensors
+        if asked.prompt_alternatives is not None and columns is not None:
+            step.prompt_logprobs.append(
+                requests.logprobs_of(key, columns, asked.prompt_alternatives)
+            )
 
     def _start(self, running: _Running, stats: Any) -> Start:
         running.has_started = True

@@ -1,4 +1,4 @@
-"""Runs in the engine core's process: ties its life to the worker's.
+"""Runs in the engine core's process: ties its life to the worker's, and installs `grammars`.
 
 vLLM leaves the engine core running, with the device's memory, when the process that started it is
 killed. The kernel can end it instead.
@@ -12,6 +12,8 @@ import os
 import signal
 from typing import Any
 
+from libs.engine.vllm_engine import grammars
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -20,6 +22,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     _die_with_parent()
     from vllm.v1.engine.core import EngineCoreProc
 
+    grammars.install()
     EngineCoreProc.run_engine_core(*args, **kwargs)
 
 

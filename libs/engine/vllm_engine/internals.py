@@ -8,6 +8,7 @@
 * Fields of EngineCoreOutput, PrefillStats and SchedulerStats.
 * `AsyncLLM._run_output_handler()` and `.output_handler`: the task that ends when the engine dies.
 * `EngineCoreProc.run_engine_core`: what the engine core's process runs, by name.
+* `StructuredOutputManager._create_grammar` and `StructuredOutputGrammar.accept_tokens`, there.
 
 `connector` lists what it overrides in vLLM's NIXL connector. `check` fails where any of it is not
 there.
@@ -33,6 +34,9 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from libs.engine.vllm_engine import engine_core
 from libs.engine.vllm_engine.port import OnOutputs, OverduePull, StepStats
@@ -42,8 +46,13 @@ def check() -> None:
     """Raises RuntimeError naming what this vLLM lacks."""
     wanted = {
         EngineCoreOutput: (
-            "request_id new_token_ids finish_reason kv_transfer_params prefill_stats"
+            "request_id new_token_ids finish_reason kv_transfer_params prefill_stats "
+            "new_logprobs new_prompt_logprobs_tensors"
         ),
+        LogprobsLists: "logprob_token_ids logprobs",
+        LogprobsTensors: "logprob_token_ids logprobs",
+        StructuredOutputManager: "_create_grammar",
+        StructuredOutputGrammar: "accept_tokens",
         PrefillStats: "num_local_cached_tokens num_external_cached_tokens",
         SchedulerStats: "num_running_reqs kv_cache_usage kv_connector_stats",
         AsyncLLM: "_run_output_handler notify_kv_transfer_request_rejected collective_rpc",

@@ -75,23 +75,36 @@ class _LoadedVllm(Vllm):
         return internals.start_output_handler(self._llm)
 
     async def add(
-        self, vllm_id: str, prompt: Sequence[int], cache_salt: str, arguments: Mapping[str, Any]
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
     ) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        constraint = arguments.get("structured_outputs")
         try:
+            if constraint is not None:
+                structured = StructuredOutputsParams(**constraint)
+                arguments = {**arguments, "structured_outputs": structured}
             await self._llm.add_request(
                 vllm_id,
                 tokens_input(list(prompt), cache_salt=cache_salt or None),
                 SamplingParams(
                     detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **arguments
                 ),
+                priority=priority,
             )
         except (VLLMClientError, ValueError, TypeError) as error:
-            raise InvalidRequest(str(error)) from error
+            param: str | None = getattr(error, "parameter", None)
+            if param is None and constraint is not None:
+                param = "constraint"
+            raise InvalidRequest(str(error), param=param) from error
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         await self._llm.abort(vllm_ids)
@@ -208,7 +221,7 @@ def _free_port(settings: VllmSettings) -> int:
 
 def engine_args(settings: VllmSettings, folder: Path) -> Any:
     """vLLM's arguments, with the platform's defaults where the settings leave a choice."""
-    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -226,6 +239,9 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
         "max_num_seqs": settings.max_running_requests or (64 if is_cpu else None),
         "enforce_eager": is_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "disable_log_stats": False,
+        "scheduling_policy": "priority",
+        # One of its own choice per request would still be compiled by the first one's.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
         "kv_events_config": KVEventsConfig(
             enable_kv_cache_events=True,
             publisher="zmq",

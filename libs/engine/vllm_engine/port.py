@@ -48,10 +48,17 @@ class Vllm(ABC):
 
     @abstractmethod
     async def add(
-        self, vllm_id: str, prompt: Sequence[int], cache_salt: str, arguments: Mapping[str, Any]
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
     ) -> None:
-        """Adds a request with these arguments of SamplingParams. Raises InvalidRequest for what
-        vLLM does not accept."""
+        """Adds a request with these arguments, as `requests.sampling_arguments` has them.
+
+        Raises InvalidRequest for what vLLM does not accept.
+        """
 
     @abstractmethod
     async def abort(self, vllm_ids: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,15 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from libs.common.errors import TransferFailed
-from libs.engine.interface import EngineRequest, KvSession, Sampling
+from libs.engine.interface import (
+    EngineRequest,
+    KvSession,
+    Language,
+    Logprobs,
+    OutputConstraint,
+    RequestKey,
+    Sampling,
+)
 
 TRANSFER_BACKEND = "nixl"
 
@@ -22,6 +31,10 @@ seconds, which all processes of a host share. See `connector`."""
 RELEASE = "switchgear_release"
 """Key in vLLM's transfer parameters: vLLM's id of a prefilled request whose KV nobody wants any
 more. See `connector`."""
+
+PRODUCED_TOKENS = "switchgear_produced_tokens"
+"""Key in vLLM's extra arguments: how many of the prompt's last tokens are output of an earlier
+worker. See `grammars`."""
 
 KEEP_FOR_PULL: Mapping[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
 """vLLM's transfer parameters of a prefill leg."""
@@ -93,15 +106,28 @@ def pull_params(request: EngineRequest, session: KvSession, now_seconds: float) 
 
 
 def sampling_arguments(request: EngineRequest, pull: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments of vLLM's SamplingParams for a whole request, or with a pull for a decode leg."""
-    return {
-        "extra_args": None if pull is None else {"kv_transfer_params": pull},
+    """Arguments of vLLM's SamplingParams for a whole request, or with a pull for a decode leg.
+
+    Those of StructuredOutputsParams are in a dictionary under `structured_outputs`.
+    """
+    extra: dict[str, Any] = {} if pull is None else {"kv_transfer_params": pull}
+    arguments: dict[str, Any] = {
         "max_tokens": request.max_tokens,
         "min_tokens": request.min_tokens,
         "ignore_eos": request.ignore_eos,
         "stop_token_ids": list(request.stop_token_ids),
         **_given(request.sampling),
     }
+    if bias := _logit_bias(request):
+        arguments["logit_bias"] = bias
+    if request.sampling.constraint is not None:
+        arguments["structured_outputs"] = _constraint(request.sampling.constraint)
+        if request.produced_tokens:
+            extra[PRODUCED_TOKENS] = request.produced_tokens
+    if request.logprobs is not None:
+        arguments["logprobs"] = request.logprobs.output_alternatives
+        arguments["prompt_logprobs"] = request.logprobs.prompt_alternatives
+    return {"extra_args": extra or None, **arguments}
 
 
 def prefill_arguments() -> dict[str, Any]:
@@ -125,3 +151,46 @@ def _given(sampling: Sampling) -> dict[str, Any]:
         "repetition_penalty",
     )
     return {name: value for name in fields if (value := getattr(sampling, name)) is not None}
+
+
+def _logit_bias(request: EngineRequest) -> dict[int, float]:
+    """The request's own biases, less what tokens of an earlier worker cost.
+
+    To vLLM those tokens are prompt, which presence and frequency penalties leave alone. A bias
+    does the same to a logit, with two differences: a token that comes again here pays the presence
+    penalty twice, and a repetition penalty scales what the bias has taken away.
+    """
+    sampling = request.sampling
+    biases = dict(sampling.logit_bias)
+    presence = sampling.presence_penalty or 0.0
+    frequency = sampling.frequency_penalty or 0.0
+    if request.produced_tokens and (presence or frequency):
+        for token, count in Counter(request.prompt[-request.produced_tokens :]).items():
+            biases[token] = biases.get(token, 0.0) - presence - frequency * count
+    return biases
+
+
+def _constraint(constraint: OutputConstraint) -> dict[str, Any]:
+    match constraint.language:
+        case Language.JSON_SCHEMA:
+            return {"json": constraint.definition}
+        case Language.JSON_OBJECT:
+            return {"json_object": True}
+        case Language.REGEX:
+            return {"regex": constraint.definition}
+        case Language.CHOICES:
+            return {"choice": list(constraint.choices)}
+        case Language.GRAMMAR:
+            return {"grammar": constraint.definition}
+
+
+def logprobs_of(key: RequestKey, columns: Any, alternatives: int) -> Logprobs:
+    """From vLLM's LogprobsLists or LogprobsTensors, whose rows are as long as the longest row that
+    any request of the batch asked for."""
+    width = alternatives + 1
+    return Logprobs(
+        key,
+        width,
+        columns.logprob_token_ids[:, :width].flatten().tolist(),
+        columns.logprobs[:, :width].flatten().tolist(),
+    )

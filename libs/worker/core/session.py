@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from libs.common import grpc_errors
 from libs.common.credit import Credit
 from libs.common.errors import ProtocolViolation, SwitchgearError
-from libs.engine.interface import EngineLoad, Finish, Prefilled, RequestKey, Start
+from libs.engine.interface import EngineLoad, Finish, Logprobs, Prefilled, RequestKey, Start
 from libs.worker.core import wire
 from switchgear.common.v1 import outputs_pb2
 from switchgear.worker.v1 import worker_pb2
@@ -44,6 +44,8 @@ class Session:
         self._finishes: list[outputs_pb2.SequenceFinish] = []
         self._prefilled: list[worker_pb2.Prefilled] = []
         self._refusals: list[worker_pb2.Refusal] = []
+        self._logprobs: outputs_pb2.Logprobs | None = None
+        self._prompt_logprobs: outputs_pb2.Logprobs | None = None
         self._is_dirty = False
 
     def command(self, sequence_number: int, consumed_responses: int) -> None:
@@ -78,6 +80,14 @@ class Session:
         self._handles.append(handle)
         self._counts.append(len(tokens))
         self._tokens.extend(tokens)
+
+    def found_logprobs(self, handle: Handle, found: Logprobs) -> None:
+        """Of the tokens that the handle got in this step."""
+        self._logprobs = _with_logprobs(self._logprobs, handle, found)
+
+    def found_prompt_logprobs(self, handle: Handle, found: Logprobs) -> None:
+        """Of the prompt of a request that starts in this step."""
+        self._prompt_logprobs = _with_logprobs(self._prompt_logprobs, handle, found)
 
     def finished(self, handle: Handle, finish: Finish) -> None:
         """Ends a request; nothing may follow for the handle."""
@@ -140,6 +150,8 @@ class Session:
                 token_ids=self._tokens,
                 starts=self._starts,
                 finishes=self._finishes,
+                logprobs=self._logprobs,
+                prompt_logprobs=self._prompt_logprobs,
             )
             response.outputs = outputs.SerializeToString()
             response.finished_handles.extend(finish.handle for finish in self._finishes)
@@ -147,3 +159,15 @@ class Session:
         self._credit.sent()
         self._load_sent = load
         return response
+
+
+def _with_logprobs(
+    columns: outputs_pb2.Logprobs | None, handle: Handle, found: Logprobs
+) -> outputs_pb2.Logprobs:
+    columns = columns or outputs_pb2.Logprobs()
+    columns.handles.append(handle)
+    columns.position_counts.append(len(found.token_ids) // found.candidates)
+    columns.candidate_counts.append(found.candidates)
+    columns.token_ids.extend(found.token_ids)
+    columns.logprobs.extend(found.logprobs)
+    return columns

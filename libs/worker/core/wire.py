@@ -14,7 +14,10 @@ from libs.engine.interface import (
     EngineRequest,
     FinishReason,
     KvSession,
+    Language,
     Leg,
+    LogprobOptions,
+    OutputConstraint,
     RequestKey,
     Sampling,
 )
@@ -40,6 +43,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-2, 2),
     "repetition_penalty": (1e-6, 1e6),
 }
+
+MAX_ALTERNATIVES = 20
+"""Log probabilities for each token, beside its own."""
+MAX_PROMPT_CANDIDATES = 1 << 20
+"""Log probabilities of one prompt, all its tokens together: they go into one message."""
+MAX_BIASED_TOKENS = 1024
+MAX_BIAS = 100.0
+MAX_CONSTRAINT_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +153,31 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
         stop_token_ids=tuple(stopping.stop_token_ids),
         sampling=_sampling(generation.sampling),
         cache_salt=salt,
+        logprobs=_logprobs(generation) if generation.HasField("logprobs") else None,
+        priority=generation.priority,
+        produced_tokens=min(generation.produced_tokens, len(prompt)),
         kv_session=kv_session,
     )
+
+
+def _logprobs(generation: generation_pb2.Generation) -> LogprobOptions:
+    options = generation.logprobs
+    found: dict[str, int | None] = {"output_alternatives": None, "prompt_alternatives": None}
+    for field, value in options.ListFields():
+        if value > MAX_ALTERNATIVES:
+            raise InvalidRequest(
+                f"{field.name} must be at most {MAX_ALTERNATIVES}, got {value}",
+                param=f"logprobs.{field.name}",
+            )
+        found[field.name] = value
+    asked = found["prompt_alternatives"]
+    prompt_tokens = len(generation.token_ids)
+    if asked is not None and (asked + 1) * prompt_tokens > MAX_PROMPT_CANDIDATES:
+        raise InvalidRequest(
+            f"{asked} alternatives for each of {prompt_tokens} prompt tokens are too many",
+            param="logprobs.prompt_alternatives",
+        )
+    return LogprobOptions(**found)
 
 
 def _sampling(options: generation_pb2.SamplingOptions) -> Sampling:
@@ -168,4 +202,43 @@ def _sampling(options: generation_pb2.SamplingOptions) -> Sampling:
         repetition_penalty=(
             options.repetition_penalty if options.HasField("repetition_penalty") else None
         ),
+        logit_bias=_logit_bias(options) if options.logit_bias else {},
+        constraint=_constraint(options.constraint) if options.HasField("constraint") else None,
     )
+
+
+def _logit_bias(options: generation_pb2.SamplingOptions) -> dict[int, float]:
+    biases = dict(options.logit_bias)
+    if len(biases) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(
+            f"logit_bias takes at most {MAX_BIASED_TOKENS} tokens, got {len(biases)}",
+            param="logit_bias",
+        )
+    for token, bias in biases.items():
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise InvalidRequest(
+                f"logit_bias of token {token} must be from -100 to 100, got {bias}",
+                param="logit_bias",
+            )
+    return biases
+
+
+def _constraint(message: generation_pb2.OutputConstraint) -> OutputConstraint:
+    name = message.WhichOneof("language")
+    if name is None or (name == "json_object" and not message.json_object):
+        raise InvalidRequest("the constraint names no language", param="constraint")
+    if message.ByteSize() > MAX_CONSTRAINT_BYTES:
+        raise InvalidRequest(
+            f"the constraint is larger than {MAX_CONSTRAINT_BYTES} bytes", param="constraint"
+        )
+    language = Language(name)
+    match language:
+        case Language.JSON_OBJECT:
+            return OutputConstraint(language)
+        case Language.CHOICES:
+            texts = tuple(message.choices.texts)
+            if not texts or not all(texts):
+                raise InvalidRequest("choices must be texts, none empty", param="constraint")
+            return OutputConstraint(language, choices=texts)
+        case _:
+            return OutputConstraint(language, definition=getattr(message, name))

@@ -54,7 +54,7 @@ class Prompt(Enum):
     OPEN = "open"
     """To be decided."""
     LOCAL = "local"
-    """The decode worker: the prefill leg has failed."""
+    """The decode worker: the prefill leg has failed, or there is to be none."""
     COMPUTED = "computed"
     """A prefill worker has, and its KV waits to be pulled."""
 

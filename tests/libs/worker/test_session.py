@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.common.errors import Overloaded, ProtocolViolation
-from libs.engine.interface import EngineLoad, Finish, FinishReason, RequestKey, Start
+from libs.engine.interface import (
+    EngineLoad,
+    Finish,
+    FinishReason,
+    Logprobs,
+    RequestKey,
+    Start,
+)
 from libs.worker.core.session import Session
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.worker.v1 import worker_pb2
@@ -44,6 +51,26 @@ def test_one_token_each_needs_no_counts() -> None:
     sent = outputs(session.take(load))
     assert (list(sent.handles), list(sent.token_ids)) == ([1, 2], [10, 20])
     assert not sent.token_counts
+
+
+def test_log_probabilities_of_merged_steps_stay_in_order() -> None:
+    session = Session(nothing, 1)
+    key = RequestKey(1)
+    session.produced_one(1, 10)
+    session.found_logprobs(1, Logprobs(key, 2, [10, 11], [-0.5, -1.0]))
+    session.produced(1, [20, 30])
+    session.found_logprobs(1, Logprobs(key, 1, [20, 30], [-2.0, -3.0]))
+    session.found_prompt_logprobs(1, Logprobs(key, 1, [7], [-4.0]))
+    session.flush()
+    sent = outputs(session.take(load))
+    assert list(sent.logprobs.handles) == [1, 1]
+    assert list(sent.logprobs.position_counts) == [1, 2]
+    assert list(sent.logprobs.candidate_counts) == [2, 1]
+    assert list(sent.logprobs.token_ids) == [10, 11, 20, 30]
+    assert list(sent.logprobs.logprobs) == [-0.5, -1.0, -2.0, -3.0]
+    assert list(sent.prompt_logprobs.token_ids) == [7]
+    session.flush()
+    assert not outputs(session.take(load) or worker_pb2.SessionResponse()).HasField("logprobs")
 
 
 def test_a_finish_names_its_handle_outside_the_outputs() -> None:

@@ -4,7 +4,16 @@ import pytest
 
 from libs.common.errors import ContextTooLong, InvalidRequest, ModelNotFound, SwitchgearError
 from libs.common.hashing import sequence_hashes
-from libs.engine.interface import EngineInfo, EngineRequest, KvSession, Leg, RequestKey
+from libs.engine.interface import (
+    EngineInfo,
+    EngineRequest,
+    KvSession,
+    Language,
+    Leg,
+    LogprobOptions,
+    OutputConstraint,
+    RequestKey,
+)
 from libs.worker.core import wire
 from switchgear.common.v1 import generation_pb2
 from switchgear.worker.v1 import worker_pb2
@@ -52,6 +61,46 @@ def test_absent_sampling_fields_stay_absent_and_zero_stays_zero() -> None:
     assert sampling.temperature == 0
     assert sampling.top_p is None
     assert sampling.seed is None
+
+
+def test_everything_about_output_arrives() -> None:
+    asked = parse(
+        generation(
+            sampling=generation_pb2.SamplingOptions(
+                logit_bias={3: -100.0},
+                constraint=generation_pb2.OutputConstraint(
+                    choices=generation_pb2.Choices(texts=["a", "b"])
+                ),
+            ),
+            logprobs=generation_pb2.LogprobOptions(output_alternatives=0),
+            priority=-3,
+            produced_tokens=2,
+        )
+    )
+    assert asked.sampling.logit_bias == {3: -100.0}
+    assert asked.sampling.constraint == OutputConstraint(Language.CHOICES, choices=("a", "b"))
+    assert asked.logprobs == LogprobOptions(output_alternatives=0)
+    assert (asked.priority, asked.produced_tokens) == (-3, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"logprobs": {"output_alternatives": 21}}, "logprobs.output_alternatives"),
+        ({"logprobs": {"prompt_alternatives": 21}}, "logprobs.prompt_alternatives"),
+        ({"sampling": {"logit_bias": {3: 101.0}}}, "logit_bias"),
+        ({"sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}}, "logit_bias"),
+        ({"sampling": {"constraint": {}}}, "constraint"),
+        ({"sampling": {"constraint": {"json_object": False}}}, "constraint"),
+        ({"sampling": {"constraint": {"choices": {"texts": []}}}}, "constraint"),
+        ({"sampling": {"constraint": {"choices": {"texts": ["a", ""]}}}}, "constraint"),
+        ({"sampling": {"constraint": {"regex": "a" * (256 << 10)}}}, "constraint"),
+    ],
+)
+def test_what_is_asked_of_output_is_checked(changes: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(generation(**changes))
+    assert refused.value.param == param
 
 
 def test_output_is_capped_by_the_context() -> None:

@@ -5,11 +5,12 @@ In between the driver lets that time pass, on whatever clock it has, and may sub
 
     begin_step   1. every decoding sequence gets room for one token
                  2. prompts under way go on, oldest first, with what is left of the chunk
-                 3. waiting requests are admitted in order of arrival
+                 3. waiting requests are admitted in order of priority, then of arrival
     end_step     4. tokens are drawn, full blocks are published, sequences end
 
-When no block is left in 1 or 2, the youngest running sequence gives up its own and starts again
-later; what it has published is likely to be still cached then. The oldest one thus always advances.
+When no block is left in 1 or 2, the youngest running sequence of the last priority gives up its
+own and starts again later; what it has published is likely to be still cached then. The oldest one
+of the first priority thus always advances.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from functools import reduce
 from itertools import chain
 
 from libs.common import hashing
-from libs.common.errors import ContextTooLong, SwitchgearError, TransferFailed
+from libs.common.errors import (
+    ContextTooLong,
+    InvalidRequest,
+    SwitchgearError,
+    TransferFailed,
+)
 from libs.engine.interface import (
     EngineKvEvent,
     EngineLoad,
@@ -30,6 +36,7 @@ from libs.engine.interface import (
     FinishReason,
     KvSession,
     Leg,
+    Logprobs,
     Prefilled,
     RequestKey,
     Start,
@@ -108,6 +115,8 @@ class Scheduler:
         self._pulls: list[Pull] = []
         self._refused: dict[RequestKey, SwitchgearError] = {}
         self._arrivals = 0
+        self._has_priorities = False
+        """Whether any request has ever had one; else requests wait in order."""
         self._queued_prefill_tokens = 0
 
     # Requests
@@ -130,6 +139,12 @@ class Scheduler:
                 param="prompt",
             )
             return
+        if request.sampling.constraint is not None:
+            self._refused[request.key] = InvalidRequest(
+                "the simulated engine has no structured output", param="constraint"
+            )
+            return
+        self._has_priorities = self._has_priorities or request.priority != 0
         stops = frozenset(request.stop_token_ids)
         eos = self._token_source.eos_token_id
         if eos is not None and not request.ignore_eos:
@@ -321,7 +336,7 @@ class Scheduler:
 
     def _admit(self, budget_tokens: int, now: float) -> None:
         while self._waiting and self._running_or_pulling() < self.limits.max_running_requests:
-            sequence = next(iter(self._waiting.values()))
+            sequence = self._next_waiting()
             if sequence.kv_session and not self._is_pullable(sequence, sequence.kv_session, now):
                 self._drop_session(sequence)
             if not (sequence.kv_session or budget_tokens):
@@ -356,6 +371,12 @@ class Scheduler:
                 self._set_pending_prefill(sequence, missing_tokens)
                 self._chunks.append((sequence, count))
                 budget_tokens -= count
+
+    def _next_waiting(self) -> Sequence:
+        if self._has_priorities:
+            # The first one among equals.
+            return min(self._waiting.values(), key=lambda each: each.request.priority)
+        return next(iter(self._waiting.values()))
 
     def _work(self) -> StepWork:
         prefill_tokens = 0
@@ -394,7 +415,7 @@ class Scheduler:
         """Takes blocks, from the youngest running sequence if need be; False if that is the asker,
         which then waits again."""
         while not self.pool.acquire((), blocks):
-            youngest = max(self._running(), key=lambda each: each.arrival)
+            youngest = max(self._running(), key=lambda each: (each.request.priority, each.arrival))
             self.preemptions += 1
             self._restart(youngest)
             if youngest is sequence:
@@ -420,8 +441,11 @@ class Scheduler:
     def _draw(self, sequence: Sequence, step: Step) -> None:
         """Gives a sequence its next token, which may be its last."""
         state = sequence.state ^ sequence.seed
-        token = self._token_source.draw(state)
         request = sequence.request
+        if request.sampling.logit_bias:
+            token = self._token_source.draw_biased(state, request.sampling.logit_bias)
+        else:
+            token = self._token_source.draw(state)
         is_last = False
         if token in sequence.stop_token_ids:
             if len(sequence.tokens) - len(request.prompt) < request.min_tokens:
@@ -432,6 +456,9 @@ class Scheduler:
         sequence.tokens.append(token)
         step.keys.append(request.key)
         step.tokens.append(token)
+        if request.logprobs is not None and request.logprobs.output_alternatives is not None:
+            asked = request.logprobs.output_alternatives
+            step.logprobs.append(self._logprobs(sequence, [(state, token)], asked))
         if not is_last and len(sequence.tokens) >= sequence.length_limit_tokens:
             is_last = True
             step.finishes.append(Finish(request.key, FinishReason.LENGTH))
@@ -449,6 +476,9 @@ class Scheduler:
             step.starts.append(
                 Start(request.key, sequence.cached_tokens, sequence.transferred_tokens)
             )
+            if request.logprobs is not None and request.logprobs.prompt_alternatives is not None:
+                asked = request.logprobs.prompt_alternatives
+                step.prompt_logprobs.append(self._prompt_logprobs(sequence, asked))
         sequence.phase = Phase.DECODING
         self._decoding[request.key] = sequence
         full_tokens = sequence.held_blocks * self.limits.block_size_tokens
@@ -459,6 +489,29 @@ class Scheduler:
             sequence.hashes[-1] if sequence.hashes else 0,
         )
         self._draw(sequence, step)
+
+    def _prompt_logprobs(self, sequence: Sequence, alternatives: int) -> Logprobs:
+        prompt = sequence.request.prompt
+        states = token_states.states(prompt, sequence.hashes, self.limits.block_size_tokens)
+        drawn = [
+            (state ^ sequence.seed, token) for state, token in zip(states, prompt, strict=True)
+        ]
+        return self._logprobs(sequence, drawn[1:], alternatives)
+
+    def _logprobs(
+        self, sequence: Sequence, drawn: list[tuple[int, int]], alternatives: int
+    ) -> Logprobs:
+        """Of tokens, each with the state that it was drawn from."""
+        positions = [
+            self._token_source.logprobs(state, token, alternatives) for state, token in drawn
+        ]
+        flat = [candidate for position in positions for candidate in position]
+        return Logprobs(
+            sequence.request.key,
+            len(positions[0]) if positions else 1,
+            [token for token, _ in flat],
+            [logprob for _, logprob in flat],
+        )
 
     def _keep(self, sequence: Sequence, now: float) -> Prefilled:
         session = KvSession(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from libs.common.errors import InternalError, InvalidRequest
@@ -22,6 +23,8 @@ from libs.engine.interface import (
     FinishReason,
     KvSession,
     Leg,
+    LogprobOptions,
+    Logprobs,
     RequestKey,
     Start,
     Step,
@@ -51,6 +54,7 @@ class FakeVllm(Vllm):
         self.stats = StepStats()
         self.told: list[tuple[str, Any]] = []
         self.arguments: dict[str, Mapping[str, Any]] = {}
+        self.priorities: dict[str, int] = {}
         self.overdue: list[OverduePull] = []
         self.rejects: set[str] = set()
         self.dies = asyncio.Event()
@@ -67,11 +71,17 @@ class FakeVllm(Vllm):
         await self.dies.wait()
 
     async def add(
-        self, vllm_id: str, prompt: Sequence[int], cache_salt: str, arguments: Mapping[str, Any]
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
     ) -> None:
         if vllm_id in self.rejects:
             raise InvalidRequest("no")
         self.arguments[vllm_id] = arguments
+        self.priorities[vllm_id] = priority
         await self._hear("add", vllm_id)
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
@@ -165,7 +175,11 @@ async def prefill() -> AsyncIterator[Bench]:
 
 
 def request_of(
-    key: int, leg: Leg = Leg.WHOLE, tokens: int = 40, kv_session: KvSession | None = None
+    key: int,
+    leg: Leg = Leg.WHOLE,
+    tokens: int = 40,
+    kv_session: KvSession | None = None,
+    **others: Any,
 ) -> EngineRequest:
     return EngineRequest(
         key=RequestKey(key),
@@ -175,6 +189,7 @@ def request_of(
         leg=leg,
         max_tokens=16,
         kv_session=kv_session,
+        **others,
     )
 
 
@@ -195,6 +210,8 @@ def output(
     cached: int | None = None,
     pulled: int = 0,
     transfer_params: dict[str, Any] | None = None,
+    logprobs: Any = None,
+    prompt_logprobs: Any = None,
 ) -> Any:
     stats = None
     if cached is not None:
@@ -204,7 +221,14 @@ def output(
         finish_reason=finish,
         prefill_stats=stats,
         kv_transfer_params=transfer_params,
+        new_logprobs=logprobs,
+        new_prompt_logprobs_tensors=prompt_logprobs,
     )
+
+
+def columns(token_ids: list[list[int]], logprobs: list[list[float]]) -> Any:
+    """As vLLM's LogprobsLists and LogprobsTensors."""
+    return SimpleNamespace(logprob_token_ids=np.array(token_ids), logprobs=np.array(logprobs))
 
 
 KEPT = {
@@ -220,6 +244,40 @@ async def test_an_engine_step_is_one_step_with_the_tokens_of_all(decode: Bench) 
     step = decode.step(("1.0", output([5], cached=32)), ("2.0", output([6, 7], cached=0)))
     assert (step.keys, step.counts, step.tokens) == ([1, 2], [1, 2], [5, 6, 7])
     assert step.starts == [Start(RequestKey(1), 32, 0), Start(RequestKey(2), 0, 0)]
+
+
+async def test_log_probabilities_are_as_many_as_were_asked_for(decode: Bench) -> None:
+    await decode.submit(
+        request_of(1, logprobs=LogprobOptions(output_alternatives=1, prompt_alternatives=0)),
+        request_of(2),
+    )
+    # Rows are as long as the batch's longest.
+    found = columns([[5, 5, 9], [6, 8, 6]], [[-0.5, -0.5, -1.0], [-2.0, -1.0, -2.0]])
+    step = decode.step(
+        (
+            "1.0",
+            output(
+                [5, 6], cached=0, logprobs=found, prompt_logprobs=columns([[3, 4]], [[-4.0, -1.0]])
+            ),
+        ),
+        ("2.0", output([7], cached=0)),
+    )
+    assert step.logprobs == [Logprobs(RequestKey(1), 2, [5, 5, 6, 8], [-0.5, -0.5, -2.0, -1.0])]
+    assert step.prompt_logprobs == [Logprobs(RequestKey(1), 1, [3], [-4.0])]
+
+
+async def test_a_prompt_whose_probabilities_are_asked_for_is_not_pulled(decode: Bench) -> None:
+    asked = LogprobOptions(prompt_alternatives=0)
+    await decode.submit(request_of(1, Leg.DECODE, kv_session=session(), logprobs=asked))
+    assert decode.vllm.arguments["1.0"]["extra_args"] is None
+    assert decode.vllm.arguments["1.0"]["prompt_logprobs"] == 0
+
+
+@pytest.mark.parametrize("leg", [Leg.PREFILL, Leg.DECODE])
+async def test_a_priority_reaches_vllm(leg: Leg) -> None:
+    async with bench(leg) as it:
+        await it.submit(request_of(1, leg, priority=-3))
+        assert it.vllm.priorities == {"1.0": -3}
 
 
 async def test_a_sequence_starts_once(decode: Bench) -> None:

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.common.errors import TransferFailed
-from libs.engine.interface import EngineRequest, KvSession, Leg, RequestKey, Sampling
+from libs.engine.interface import (
+    EngineRequest,
+    KvSession,
+    Language,
+    Leg,
+    LogprobOptions,
+    OutputConstraint,
+    RequestKey,
+    Sampling,
+)
 from libs.engine.vllm_engine import requests
 
 TRANSFER_PARAMS: dict[str, Any] = {
@@ -124,6 +133,38 @@ def test_every_sampling_field_reaches_vllm() -> None:
         "frequency_penalty": 0.3,
         "repetition_penalty": 1.1,
     }
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"),
+    [
+        (OutputConstraint(Language.JSON_SCHEMA, "{}"), {"json": "{}"}),
+        (OutputConstraint(Language.JSON_OBJECT), {"json_object": True}),
+        (OutputConstraint(Language.REGEX, "a+"), {"regex": "a+"}),
+        (OutputConstraint(Language.CHOICES, choices=("a", "b")), {"choice": ["a", "b"]}),
+        (OutputConstraint(Language.GRAMMAR, "root ::= [a]"), {"grammar": "root ::= [a]"}),
+    ],
+)
+def test_a_constraint_goes_on_after_what_was_produced(
+    constraint: OutputConstraint, expected: dict[str, Any]
+) -> None:
+    asked = request_of([1, 2, 3], sampling=Sampling(constraint=constraint), produced_tokens=2)
+    arguments = requests.sampling_arguments(asked, None)
+    assert arguments["structured_outputs"] == expected
+    assert arguments["extra_args"] == {requests.PRODUCED_TOKENS: 2}
+
+
+def test_penalties_count_what_was_produced_elsewhere() -> None:
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=1.0, logit_bias={7: 3.0, 9: 1.0})
+    asked = request_of([9, 8, 7, 8], sampling=sampling, produced_tokens=3)
+    arguments = requests.sampling_arguments(asked, None)
+    assert arguments["logit_bias"] == {7: 3.0 - 1.5, 8: -2.5, 9: 1.0}
+    assert arguments["presence_penalty"] == 0.5
+
+
+def test_log_probabilities_reach_vllm() -> None:
+    arguments = requests.sampling_arguments(request_of([1], logprobs=LogprobOptions(3, 0)), None)
+    assert (arguments["logprobs"], arguments["prompt_logprobs"]) == (3, 0)
 
 
 def test_vllms_parameters_of_two_prefill_legs_are_not_shared() -> None:

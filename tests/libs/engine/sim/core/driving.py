@@ -18,6 +18,7 @@ from libs.engine.interface import (
     Finish,
     KvSession,
     Leg,
+    Logprobs,
     Prefilled,
     RequestKey,
     Sampling,
@@ -73,7 +74,11 @@ def request(
         last_sequence_hash=hashes[-1] if hashes else 0,
         leg=leg,
         max_tokens=max_tokens,
-        sampling=Sampling(seed=seed),
+        sampling=Sampling(
+            seed=seed,
+            logit_bias=others.pop("logit_bias", {}),
+            constraint=others.pop("constraint", None),
+        ),
         cache_salt=cache_salt,
         kv_session=kv_session,
         **others,
@@ -88,6 +93,8 @@ class Outcome:
     starts: dict[int, Start] = field(default_factory=dict)
     finishes: dict[int, Finish] = field(default_factory=dict)
     prefilled: dict[int, Prefilled] = field(default_factory=dict)
+    logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
 
     def add(self, step: Step) -> None:
         for start in step.starts:
@@ -98,6 +105,12 @@ class Outcome:
             assert key in self.starts
             assert key not in self.finishes
             self.tokens.setdefault(key, []).append(token)
+        for found in step.logprobs:
+            assert found.token_ids[0] == self.tokens[found.key][-1]
+            self.logprobs.setdefault(found.key, []).append(found)
+        for found in step.prompt_logprobs:
+            assert found.key in {start.key for start in step.starts}
+            self.prompt_logprobs[found.key] = found
         for finish in step.finishes:
             assert finish.key not in self.finishes
             self.finishes[finish.key] = finish

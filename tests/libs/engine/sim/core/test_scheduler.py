@@ -6,13 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.common import hashing
-from libs.common.errors import ContextTooLong, TransferFailed
+from libs.common.errors import ContextTooLong, InvalidRequest, TransferFailed
 from libs.engine.interface import (
     EngineBlocksStored,
     EngineRequest,
     FinishReason,
     KvSession,
+    Language,
     Leg,
+    LogprobOptions,
+    OutputConstraint,
     RequestKey,
 )
 from libs.engine.sim.core.pool import engine_hash
@@ -53,6 +56,57 @@ def test_a_request_that_goes_on_elsewhere_goes_on_with_the_same_tokens(
     whole = run(request(1, prompt, max_tokens=before + after)).tokens[1]
     moved = run(request(1, prompt + whole[:before], max_tokens=after)).tokens[1]
     assert moved == whole[before:]
+
+
+def test_a_bias_forces_a_token() -> None:
+    assert run(request(1, [1], max_tokens=3, logit_bias={9: 100.0})).tokens[1] == [9, 9, 9]
+
+
+def test_a_constraint_is_refused() -> None:
+    constraint = OutputConstraint(Language.REGEX, "a+")
+    finish = run(request(1, [1], constraint=constraint)).finishes[1]
+    assert isinstance(finish.error, InvalidRequest)
+    assert finish.error.param == "constraint"
+
+
+@given(prompts, st.integers(1, 12), st.integers(0, 3))
+def test_log_probabilities_of_output_are_those_of_the_same_tokens_as_a_prompt(
+    prompt: list[int], count: int, alternatives: int
+) -> None:
+    both = LogprobOptions(alternatives, alternatives)
+    first = run(request(1, prompt, max_tokens=count, logprobs=both))
+    again = run(request(2, prompt + first.tokens[1], logprobs=both)).prompt_logprobs[2]
+    columns = [first.prompt_logprobs[1], *first.logprobs[1]]
+    assert again.token_ids == [token for found in columns for token in found.token_ids]
+    assert again.logprobs == [value for found in columns for value in found.logprobs]
+    assert len(first.logprobs[1]) == count
+
+
+def test_who_asks_for_no_log_probabilities_gets_none() -> None:
+    outcome = run(request(1, [1], max_tokens=4))
+    assert not outcome.logprobs
+    assert not outcome.prompt_logprobs
+
+
+def test_waiting_requests_are_admitted_by_priority_then_in_order() -> None:
+    drive = Drive(scheduler(max_running_requests=1))
+    drive.submit(
+        request(1, [1], priority=0),
+        request(2, [2], priority=1),
+        request(3, [3], priority=-1),
+        request(4, [4], priority=-1),
+    )
+    assert list(drive.run().finishes) == [3, 4, 1, 2]
+
+
+def test_the_last_priority_gives_up_its_blocks_first() -> None:
+    """Room for one of both outputs: the older one is worth less and starts again."""
+    drive = Drive(scheduler(total_kv_blocks=4))
+    drive.submit(
+        request(1, [1, 2, 3], max_tokens=9, priority=5), request(2, [4, 5, 6], max_tokens=9)
+    )
+    assert list(drive.run().finishes) == [2, 1]
+    assert drive.scheduler.preemptions
 
 
 def test_seeds_change_the_output() -> None:
