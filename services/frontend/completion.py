@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from libs.common import grpc_errors, logs
-from libs.common.errors import SwitchgearError
+from libs.common.errors import InternalError, SwitchgearError
 from libs.common.hashing import sequence_hashes
 from services.frontend.core.attempt import Attempts, MigrationPolicy
+from services.frontend.core.logprobs import LogprobLedger, Position, TokenLogprobs, of_prompt
 from services.frontend.core.stop_strings import StopMatcher
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import ServedModel
@@ -41,7 +42,13 @@ class TextRequest:
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     stop_strings: Sequence[str] = ()
+    includes_stop: bool = False
+    """Whether the text ends with the stop string, or the stop token's text, that ended it."""
+    keeps_special_tokens: bool = False
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
+    logprobs: generation_pb2.LogprobOptions | None = None
+    cache_salt: str = ""
+    priority: int = 0
     traceparent: str = ""
     routing: routing_pb2.RoutingOptions | None = None
     accepted_at: float
@@ -69,6 +76,7 @@ class Completion:
         """Who computed the prompt, when it was not the decode worker."""
         self.decode_worker = ""
         """Who gave the first token."""
+        self._prompt_logprobs: list[Position] = []
         self._sessions = sessions
         self._metrics = metrics
         self._attempts = Attempts(
@@ -77,8 +85,18 @@ class Completion:
             min_tokens=request.min_tokens,
             policy=policy,
         )
-        self._detokenizer = request.model.tokenizer.detokenizer(request.prompt)
-        self._matcher = StopMatcher(request.stop_strings) if request.stop_strings else None
+        self._detokenizer = request.model.tokenizer.detokenizer(
+            request.prompt, keeps_special_tokens=request.keeps_special_tokens
+        )
+        self._matcher = (
+            StopMatcher(request.stop_strings, keeps_stop=request.includes_stop)
+            if request.stop_strings
+            else None
+        )
+        asked = request.logprobs
+        self._ledger = (
+            LogprobLedger() if asked is not None and asked.HasField("output_alternatives") else None
+        )
         self._inbox: Inbox | None = None
         self._failure: SwitchgearError | None = None
         self._loop = asyncio.get_running_loop()
@@ -117,10 +135,31 @@ class Completion:
                 if inbox.error is None or self._attempts.remaining_tokens <= 0:
                     # With an error only the news of the end was lost.
                     self.finish_reason = inbox.finish_reason or generation_pb2.FINISH_REASON_LENGTH
-                    return text + (self._matcher.flush() if self._matcher else "")
+                    held = self._matcher.flush() if self._matcher else ""
+                    if self._ledger is not None:
+                        self._ledger.read(held)
+                    return text + held
                 await self._recover(inbox.error, inbox.failed_instance_id)
             if tokens:
                 return text
+
+    def take_logprobs(self) -> list[TokenLogprobs]:
+        """Of the tokens of the text that has been read, less those that were taken before."""
+        if self._ledger is None:
+            return []
+        is_cut_off = self._matcher is not None and self._matcher.is_stopped
+        return self._ledger.take(rest=self.is_finished and not is_cut_off)
+
+    def prompt_logprobs(self, pieces: Sequence[str] = ()) -> list[TokenLogprobs]:
+        """Of the prompt's tokens, if asked for, once the first text has been read. `pieces` are the
+        tokens' texts, without which nothing is known of where they begin."""
+        asked = self.request.logprobs
+        if asked is None or not asked.HasField("prompt_alternatives"):
+            return []
+        prompt, positions = self.request.prompt, self._prompt_logprobs
+        if len(positions) != len(prompt) - 1:
+            raise InternalError("the worker sent no log probabilities of the prompt")
+        return of_prompt(prompt, positions, pieces or [""] * len(prompt))
 
     def close(self) -> None:
         """Gives up what is not finished; the engine stops. May be called twice."""
@@ -162,14 +201,25 @@ class Completion:
         request, attempts = self.request, self._attempts
         facts = request.model.facts
         token_ids = attempts.token_ids
+        logprobs = self._logprobs_to_ask_for()
+        keeps_prompt_local = logprobs is not None and logprobs.HasField("prompt_alternatives")
+        # What is cached is of no use where every prompt token must be computed.
+        hashes = (
+            []
+            if keeps_prompt_local
+            else sequence_hashes(
+                token_ids, facts.kv_block_size_tokens, cache_salt=request.cache_salt
+            )
+        )
         routing = router_pb2.RoutingRequest(
             request_id=request.request_id,
             model=facts.name,
             prompt_tokens=len(token_ids),
             block_size_tokens=facts.kv_block_size_tokens,
-            sequence_hashes=sequence_hashes(token_ids, facts.kv_block_size_tokens),
+            sequence_hashes=hashes,
             excluded_instance_ids=attempts.excluded_instance_ids,
             options=request.routing,
+            keeps_prompt_local=keeps_prompt_local,
         )
         generation = generation_pb2.Generation(
             request_id=request.request_id,
@@ -182,9 +232,23 @@ class Completion:
                 ignore_eos=request.ignore_eos,
                 stop_token_ids=request.stop_token_ids,
             ),
+            kv=generation_pb2.KvOptions(cache_salt=request.cache_salt),
+            logprobs=logprobs,
+            priority=request.priority,
+            produced_tokens=len(attempts.produced),
             traceparent=request.traceparent,
         )
         return routing, generation.SerializeToString()
+
+    def _logprobs_to_ask_for(self) -> generation_pb2.LogprobOptions | None:
+        """Those of the prompt have come with the first tokens."""
+        asked = self.request.logprobs
+        if asked is None or not self._attempts.produced:
+            return asked
+        rest = generation_pb2.LogprobOptions()
+        rest.CopyFrom(asked)
+        rest.ClearField("prompt_alternatives")
+        return rest
 
     def _absorb(self, inbox: Inbox, tokens: list[int]) -> str:
         now = self._loop.time()
@@ -193,31 +257,41 @@ class Completion:
         else:
             self._itl.observe((now - self._last_tokens_at) / len(tokens))
         self._last_tokens_at = now
-        ends_with_stop_token = (
+        # The last token of an output that stopped is what stopped it.
+        hides_last = (
             inbox.finish_reason == generation_pb2.FINISH_REASON_STOP
-            and tokens[-1] in self.request.stop_token_ids
+            and not self.request.includes_stop
         )
-        text = self._text(tokens[:-1] if ends_with_stop_token else tokens)
-        if ends_with_stop_token and not self.is_finished:
+        shown = tokens[:-1] if hides_last else tokens
+        if self._matcher is None and self._ledger is None:
+            self._attempts.add(shown)
+            text = "".join(map(self._detokenizer.add, shown))
+        else:
+            text = self._text(shown, inbox.take_logprobs())
+        if hides_last and not self.is_finished:
             self._attempts.add(tokens[-1:])
         return text
 
-    def _text(self, tokens: list[int]) -> str:
-        if self._matcher is None:
-            self._attempts.add(tokens)
-            return "".join(map(self._detokenizer.add, tokens))
+    def _text(self, tokens: list[int], positions: list[Position]) -> str:
+        if self._ledger is not None and len(positions) < len(tokens):
+            raise InternalError("the worker sent no log probabilities")
         pieces = []
-        for token in tokens:
+        for index, token in enumerate(tokens):
             self._attempts.add((token,))
             piece = self._detokenizer.add(token)
-            if self.completion_tokens > self.request.min_tokens:
+            if self._ledger is not None:
+                self._ledger.add(positions[index], piece)
+            if self._matcher is not None and self.completion_tokens > self.request.min_tokens:
                 piece = self._matcher.feed(piece)
             pieces.append(piece)
-            if self._matcher.is_stopped:
+            if self._matcher is not None and self._matcher.is_stopped:
                 self.finish_reason = generation_pb2.FINISH_REASON_STOP
                 self.close()
                 break
-        return "".join(pieces)
+        text = "".join(pieces)
+        if self._ledger is not None:
+            self._ledger.read(text)
+        return text
 
     def _on_first_tokens(self, inbox: Inbox, now: float) -> None:
         name = self.request.model.name
@@ -229,6 +303,7 @@ class Completion:
             if is_transferred:
                 self.prefill_worker = inbox.routed.prefill_worker.name
                 self.cached_tokens = inbox.routed.prefill_cached_tokens
+        self._prompt_logprobs = inbox.prompt_logprobs
         if inbox.start is not None and not is_transferred:
             self.cached_tokens = inbox.start.cached_tokens
         self._metrics.cached_tokens.labels(name).inc(self.cached_tokens)

@@ -32,6 +32,14 @@ class FrontendSettings(ServiceSettings):
     max_prompts: int = Field(default=16, ge=1)
     """Prompts in one completions call."""
 
+    max_choices: int = Field(default=128, ge=1)
+    """Choices in one answer: prompts times n. Each is a request to the workers."""
+
+    sse_keep_alive_seconds: float = Field(default=15.0, ge=0)
+    """After so long without an event a stream gets a comment, so that no proxy takes it for dead; 0
+    sends none. A stream that has nothing to say by then starts with one: its status is 200 from
+    then on, and what fails later is told in an event."""
+
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest that a request may take, from its acceptance to its last token; then it gets 504."""
 

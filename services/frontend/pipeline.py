@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, assert_never
@@ -31,6 +31,9 @@ LONG_PROMPT_CHARACTERS = 4096
 """Tokenising more than this takes milliseconds, which belong in a thread. In the loop it would
 delay everyone's tokens; for less the way to a thread costs more."""
 
+LONG_ECHO_TOKENS = 1024
+"""Turning more than this into text takes milliseconds, too."""
+
 BUSY_RETRY_SECONDS = 1.0
 
 Prompt: TypeAlias = str | Chat | list[int]
@@ -55,7 +58,12 @@ class GenerationOptions:
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     stop_strings: Sequence[str] = ()
+    includes_stop: bool = False
+    keeps_special_tokens: bool = False
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
+    logprobs: generation_pb2.LogprobOptions | None = None
+    cache_salt: str = ""
+    priority: int = 0
 
 
 class Pipeline:
@@ -134,6 +142,19 @@ class Pipeline:
             case _:
                 assert_never(prompt)
 
+    async def texts(
+        self, model: ServedModel, token_ids: list[int], *, keeps_special_tokens: bool
+    ) -> list[str]:
+        """What each token of a prompt adds to its text."""
+        detokenizer = model.tokenizer.detokenizer((), keeps_special_tokens=keeps_special_tokens)
+
+        def add_all() -> list[str]:
+            return list(map(detokenizer.add, token_ids))
+
+        if len(token_ids) > LONG_ECHO_TOKENS:
+            return await asyncio.to_thread(add_all)
+        return add_all()
+
     def start(
         self,
         request_id: str,
@@ -167,6 +188,8 @@ class Pipeline:
                 f"min_tokens must not exceed the {max_tokens} output tokens at most",
                 param="min_tokens",
             )
+        _check_tokens(options.stop_token_ids, model, "stop_token_ids")
+        _check_tokens(options.sampling.logit_bias, model, "logit_bias")
         request = TextRequest(
             request_id=request_id,
             model=model,
@@ -176,7 +199,12 @@ class Pipeline:
             ignore_eos=options.ignore_eos,
             stop_token_ids=options.stop_token_ids,
             stop_strings=options.stop_strings,
+            includes_stop=options.includes_stop,
+            keeps_special_tokens=options.keeps_special_tokens,
             sampling=options.sampling,
+            logprobs=options.logprobs,
+            cache_salt=options.cache_salt,
+            priority=options.priority,
             traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
             routing=routing,
             accepted_at=accepted_at,
@@ -212,3 +240,9 @@ def _checked(token_ids: list[int], vocabulary_tokens: int) -> list[int]:
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_tokens):
         raise InvalidRequest(f"token ids must be in 0 to {vocabulary_tokens - 1}", param="prompt")
     return token_ids
+
+
+def _check_tokens(token_ids: Collection[int], model: ServedModel, param: str) -> None:
+    if token_ids and max(token_ids) >= model.tokenizer.vocabulary_tokens:
+        last = model.tokenizer.vocabulary_tokens - 1
+        raise InvalidRequest(f"{param}: token ids must be in 0 to {last}", param=param)

@@ -21,6 +21,7 @@ from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearErro
 from libs.common.gathering import Gathering
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
+from services.frontend.core.logprobs import Position, positions_of
 from services.frontend.rounds import Rounds
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2
@@ -45,6 +46,7 @@ class Inbox:
 
     __slots__ = (
         "_has_news",
+        "_logprobs",
         "_reader",
         "_session",
         "_tokens",
@@ -52,6 +54,7 @@ class Inbox:
         "failed_instance_id",
         "finish_reason",
         "handle",
+        "prompt_logprobs",
         "routed",
         "start",
     )
@@ -67,6 +70,9 @@ class Inbox:
         """Set when the request failed. Tokens that came before are good."""
         self.failed_instance_id = 0
         """With an error: the worker to exclude next time; 0 when it was nobody's fault."""
+        self.prompt_logprobs: list[Position] = []
+        """Come with the first tokens."""
+        self._logprobs: list[Position] = []
         self._session = session
         self._tokens: list[int] = []
         self._has_news = False
@@ -86,6 +92,11 @@ class Inbox:
         tokens, self._tokens = self._tokens, []
         return tokens
 
+    def take_logprobs(self) -> list[Position]:
+        """To be read right after `take`: of those tokens, if the request asked for them."""
+        logprobs, self._logprobs = self._logprobs, []
+        return logprobs
+
     def close(self) -> None:
         """Ends the interest in the request; cancels it if it is not over. May be called twice."""
         self._session.forget(self)
@@ -93,6 +104,10 @@ class Inbox:
     def put(self, token: int) -> None:
         self._tokens.append(token)
         self._wake()
+
+    def put_logprobs(self, positions: list[Position]) -> None:
+        """Of the tokens that are put in the same message."""
+        self._logprobs += positions
 
     def put_many(self, tokens: list[int]) -> None:
         self._tokens += tokens
@@ -401,6 +416,14 @@ class _RouterSession:
                 if (inbox := inboxes.get(handle)) is not None:
                     inbox.put_many(tokens[begin : begin + count])
                 begin += count
+        if outputs.HasField("logprobs"):
+            for handle, positions in positions_of(outputs.logprobs):
+                if (inbox := inboxes.get(handle)) is not None:
+                    inbox.put_logprobs(positions)
+        if outputs.HasField("prompt_logprobs"):
+            for handle, positions in positions_of(outputs.prompt_logprobs):
+                if (inbox := inboxes.get(handle)) is not None:
+                    inbox.prompt_logprobs = positions
         for finish in outputs.finishes:
             if (inbox := inboxes.pop(finish.handle, None)) is not None:
                 inbox.finish(finish)

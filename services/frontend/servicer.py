@@ -11,7 +11,8 @@ import grpc
 
 from libs.common.errors import InvalidRequest, SwitchgearError
 from services.frontend.chat_template import Chat
-from services.frontend.completion import running
+from services.frontend.completion import Completion, running
+from services.frontend.core.logprobs import TokenLogprobs
 from services.frontend.pipeline import (
     GenerationOptions,
     Pipeline,
@@ -94,20 +95,19 @@ class InferenceServicer(InferenceServiceServicer):
                     deadline=deadline,
                 )
                 with running(completion, pipeline.metrics):
+                    is_first = True
                     while not completion.is_finished:
-                        if (text := await completion.read()) and not completion.is_finished:
-                            await context.write(inference_pb2.GenerateResponse(text=text))
-                    await context.write(
-                        inference_pb2.GenerateResponse(
-                            text=text,
-                            finish_reason=completion.finish_reason,
-                            usage=inference_pb2.Usage(
-                                prompt_tokens=completion.prompt_tokens,
-                                completion_tokens=completion.completion_tokens,
-                                cached_tokens=completion.cached_tokens,
-                            ),
-                        )
-                    )
+                        response = inference_pb2.GenerateResponse(text=await completion.read())
+                        if request.HasField("logprobs"):
+                            _add_logprobs(response, completion, is_first=is_first)
+                        is_first = False
+                        if not completion.is_finished and response.ByteSize():
+                            await context.write(response)
+                    response.finish_reason = completion.finish_reason
+                    response.usage.prompt_tokens = completion.prompt_tokens
+                    response.usage.completion_tokens = completion.completion_tokens
+                    response.usage.cached_tokens = completion.cached_tokens
+                    await context.write(response)
 
     async def ListModels(
         self,
@@ -146,7 +146,9 @@ def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
 def _options(request: inference_pb2.GenerateRequest) -> GenerationOptions:
     sampling, stopping = request.sampling, request.stopping
     for field, value in sampling.ListFields():
-        least, most = _RANGES.get(field.name, (-math.inf, math.inf))
+        if field.name not in _RANGES:
+            continue
+        least, most = _RANGES[field.name]
         if not least <= value <= most:
             raise InvalidRequest(
                 f"sampling.{field.name} is {value}, not in {least:.3g} to {most:.3g}",
@@ -163,8 +165,34 @@ def _options(request: inference_pb2.GenerateRequest) -> GenerationOptions:
         ignore_eos=stopping.ignore_eos,
         stop_token_ids=list(stopping.stop_token_ids),
         stop_strings=list(request.stop),
+        includes_stop=request.includes_stop,
+        keeps_special_tokens=request.keeps_special_tokens,
         sampling=sampling,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        cache_salt=request.kv.cache_salt,
+        priority=request.priority,
     )
+
+
+def _add_logprobs(
+    response: inference_pb2.GenerateResponse, completion: Completion, *, is_first: bool
+) -> None:
+    token_bytes = completion.request.model.tokenizer.token_bytes
+
+    def candidate(token_id: int, logprob: float | None) -> inference_pb2.Candidate:
+        return inference_pb2.Candidate(
+            token_id=token_id, bytes=token_bytes(token_id), logprob=logprob
+        )
+
+    def message(token: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+        return inference_pb2.TokenLogprobs(
+            token=candidate(token.token_id, token.logprob),
+            alternatives=[candidate(*alternative) for alternative in token.alternatives],
+        )
+
+    response.logprobs.extend(map(message, completion.take_logprobs()))
+    if is_first:
+        response.prompt_logprobs.extend(map(message, completion.prompt_logprobs()))
 
 
 def _traceparent(

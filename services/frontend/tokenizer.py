@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import orjson
 from tokenizers import Tokenizer
@@ -16,6 +18,18 @@ _PROMPT_TAIL_TOKENS = 8
 
 _MOST_SILENT_TOKENS = 16
 """A character has at most 4 bytes, so more tokens than this without text are not half of one."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""What tokenizers with a fallback to bytes call the token of a byte."""
+
+
+def byte_letters() -> dict[str, int]:
+    """The letters that byte-level BPE writes bytes as, GPT-2's: printable bytes of Latin-1 stand
+    for themselves, the others for the letters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 class ModelTokenizer:
@@ -35,6 +49,9 @@ class ModelTokenizer:
         text = bos.get("content") if isinstance(bos, dict) else bos
         self._bos_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         self.vocabulary_tokens: int = self._tokenizer.get_vocab_size()
+        self._token_bytes: dict[int, bytes] = {}
+        """As far as they were asked for."""
+        self._bytes_of_letters = byte_letters()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the model wants around one."""
@@ -64,21 +81,56 @@ class ModelTokenizer:
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+    def detokenizer(
+        self, prompt: Sequence[int], *, keeps_special_tokens: bool = False
+    ) -> Detokenizer:
         """Text of what follows the prompt."""
-        return Detokenizer(self._tokenizer, prompt)
+        return Detokenizer(self._tokenizer, prompt, keeps_special_tokens=keeps_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for within a text; they need not be whole characters."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return found
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        # Behind another token, since decoders take away a space at the start of a text.
+        before = self._neighbour
+        text = self._tokenizer.decode([before, token_id], skip_special_tokens=False)
+        text = text[len(self._tokenizer.decode([before], skip_special_tokens=False)) :]
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return text.encode()
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if byte := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        try:
+            return bytes([self._bytes_of_letters[letter] for letter in piece])
+        except KeyError:  # Not of a tokenizer of bytes: its text is all there is.
+            return text.encode()
+
+    @cached_property
+    def _neighbour(self) -> int:
+        token_ids = self._encode("a", add_special_tokens=False)
+        return token_ids[-1] if token_ids else 0
 
 
 class Detokenizer:
-    """Text of tokens as they come, in whole characters; special tokens have none."""
+    """Text of tokens as they come, in whole characters; special tokens have none, unless they are
+    to be kept."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], *, keeps_special_tokens: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skips = not keeps_special_tokens
         tail = list(prompt[-_PROMPT_TAIL_TOKENS:])
         # A tail that ends within a character would come out again as output.
-        if tokenizer.decode(tail).endswith("\N{REPLACEMENT CHARACTER}"):
+        if tokenizer.decode(tail, skip_special_tokens=self._skips).endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):
             tail = []
-        self._stream = DecodeStream(ids=tail, skip_special_tokens=True)
+        self._stream = DecodeStream(ids=tail, skip_special_tokens=self._skips)
         self._silent: list[int] = []
 
     def add(self, token_id: int) -> str:
@@ -102,6 +154,6 @@ class Detokenizer:
         return text
 
     def _restart(self) -> str:
-        self._stream = DecodeStream(skip_special_tokens=True)
-        text: str = self._tokenizer.decode(self._silent)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
+        text: str = self._tokenizer.decode(self._silent, skip_special_tokens=self._skips)
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from deploy.local import default_model, topology
 from switchgear.common.v1 import generation_pb2
@@ -116,8 +118,6 @@ def plain_vllm(model: Path, prompts: list[list[int]]) -> list[list[int]]:
 async def test_disaggregated_aggregated_and_plain_vllm_agree_token_for_token(
     deployment: Running,
 ) -> None:
-    from tokenizers import Tokenizer
-
     folder = default_model.model_folder(print)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [
@@ -162,6 +162,154 @@ async def test_the_official_client_gets_sensible_english(deployment: Running) ->
     assert "Paris" in (answer.message.content or "")
     assert answer.finish_reason == "stop"
     assert text == answer.message.content
+
+
+async def test_log_probabilities_of_an_answer_are_those_of_the_same_text_as_a_prompt(
+    deployment: Running,
+) -> None:
+    prompt = "The history of the steam engine begins"
+    async with openai.AsyncOpenAI(base_url=f"{deployment.url}/v1", api_key="none") as client:
+        answer = await client.completions.create(
+            model=deployment.model, prompt=prompt, max_tokens=8, temperature=0, logprobs=2
+        )
+        drawn = answer.choices[0].logprobs
+        assert drawn is not None
+        assert drawn.tokens is not None
+        assert drawn.token_logprobs is not None
+        assert drawn.top_logprobs is not None
+        assert "".join(drawn.tokens) == answer.choices[0].text
+        # Greedily, each token is the likeliest.
+        for logprob, alternatives in zip(drawn.token_logprobs, drawn.top_logprobs, strict=True):
+            assert logprob == max(alternatives.values())
+            assert len(alternatives) == 2
+        scored = await client.completions.create(
+            model=deployment.model,
+            prompt=prompt + answer.choices[0].text,
+            max_tokens=1,
+            echo=True,
+            logprobs=2,
+        )
+    echoed = scored.choices[0].logprobs
+    assert echoed is not None
+    assert echoed.tokens is not None
+    assert echoed.token_logprobs is not None
+    assert echoed.tokens[-9:-1] == drawn.tokens
+    assert echoed.token_logprobs[-9:-1] == pytest.approx(drawn.token_logprobs, abs=1e-3)
+    assert repr(echoed.token_logprobs[0]) == "None"  # Which the client's types do not know.
+
+
+def test_choices_differ_and_equal_seeds_give_equal_answers(deployment: Running) -> None:
+    def ask(**options: object) -> list[str]:
+        answer = deployment.chat("Tell me a story.", temperature=1, max_tokens=12, **options)
+        assert answer.status == 200, answer.body
+        return [choice["message"]["content"] for choice in answer.body["choices"]]
+
+    three = ask(n=3, seed=7)
+    assert len(set(three)) == 3
+    assert ask(n=3, seed=7) == three
+    assert ask(seed=7) == three[:1]
+    assert ask(seed=8) != three[:1]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "enum": ["Paris", "London"]},
+        "inhabitants": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
+    "required": ["name", "inhabitants"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("is_disaggregated", [False, True])
+def test_an_answer_follows_a_json_schema(deployment: Running, is_disaggregated: bool) -> None:
+    prompt = (LONG_PROMPT if is_disaggregated else "") + "Describe a city in JSON."
+    answer = deployment.chat(
+        prompt,
+        max_tokens=60,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "city", "strict": True, "schema": SCHEMA},
+        },
+    )
+    assert (answer.prefill_worker is not None) == is_disaggregated
+    city = json.loads(answer.text)
+    assert city["name"] in ("Paris", "London")
+    assert 1 <= city["inhabitants"] <= 99
+    assert set(city) == {"name", "inhabitants"}
+
+
+@pytest.mark.parametrize(
+    ("option", "expression"),
+    [
+        ({"guided_regex": "[A-Z]{3}-[0-9]{4}"}, "[A-Z]{3}-[0-9]{4}"),
+        ({"structured_outputs": {"choice": ["crimson", "azure"]}}, "crimson|azure"),
+        ({"guided_grammar": 'root ::= "<" [a-c]+ ">"'}, "<[a-c]+>"),
+        ({"logit_bias": {"28": 100}, "max_tokens": 3}, r"(.+)\1\1"),
+    ],
+)
+def test_an_answer_follows_what_it_is_held_to(
+    deployment: Running, option: dict[str, object], expression: str
+) -> None:
+    answer = deployment.chat("Say something.", **{"max_tokens": 30, **option})
+    assert answer.status == 200, answer.body
+    assert re.fullmatch(expression, answer.text)
+
+
+def test_a_schema_that_can_not_be_followed_is_refused_by_name(deployment: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
+    answer = deployment.chat("Hi", structured_outputs={"json": schema})
+    assert answer.status == 400
+    assert answer.body["error"]["param"] == "structured_outputs"
+
+
+def test_a_frequency_penalty_keeps_an_answer_from_repeating_itself(deployment: Running) -> None:
+    def tokens(**options: object) -> list[str]:
+        answer = deployment.chat(
+            "Repeat: one one one one one one", max_tokens=24, logprobs=True, **options
+        )
+        return [token["token"] for token in answer.body["choices"][0]["logprobs"]["content"]]
+
+    penalised = tokens(frequency_penalty=2, presence_penalty=2)
+    assert len(set(penalised)) / len(penalised) > 0.9
+    plain = tokens()
+    assert len(set(plain)) / len(plain) < 0.7
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        generation_pb2.SamplingOptions(
+            temperature=0,
+            constraint=generation_pb2.OutputConstraint(regex="(one|two|three) [0-9]{12} ok"),
+        ),
+        generation_pb2.SamplingOptions(temperature=0, frequency_penalty=1.5),
+    ],
+    ids=["constraint", "frequency penalty"],
+)
+async def test_a_migrated_request_goes_on_as_if_it_had_not_been(
+    deployment: Running, sampling: generation_pb2.SamplingOptions
+) -> None:
+    async def run(prompt: list[int], produced: list[int], told: int) -> list[int]:
+        request = generation(deployment, prompt + produced, max_tokens=20 - len(produced))
+        request.sampling.CopyFrom(sampling)
+        request.produced_tokens = told
+        request.stopping.ignore_eos = False
+        async with deployment.channel("router-0") as channel:
+            stub: router_pb2_grpc.RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(
+                channel
+            )
+            call = stub.Generate(router_pb2.GenerateRequest(generation=request), timeout=120)
+            return [token async for response in call for token in response.token_ids]
+
+    folder = default_model.model_folder(print)
+    prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("1, 1, 1, 1, 1,").ids
+    whole = await run(prompt, [], 0)
+    for count in (1, 7):
+        produced = whole[:count]
+        assert produced + await run(prompt, produced, count) == whole
+        assert produced + await run(prompt, produced, 0) != whole
 
 
 def test_nixl_moves_what_the_prompts_kv_weighs_and_vllm_calls_it_external(

@@ -240,8 +240,11 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
         "enforce_eager": is_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "disable_log_stats": False,
         "scheduling_policy": "priority",
-        # One of its own choice per request would still be compiled by the first one's.
-        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
+        # A backend chosen for each request would still be the first one's. Where JSON may have any
+        # blanks, small models go on with them for ever.
+        "structured_outputs_config": StructuredOutputsConfig(
+            backend="xgrammar", disable_any_whitespace=True
+        ),
         "kv_events_config": KVEventsConfig(
             enable_kv_cache_events=True,
             publisher="zmq",

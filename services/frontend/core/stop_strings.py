@@ -1,8 +1,8 @@
 """Ends a text at the first stop string, however it is cut into pieces.
 
 The text is a stream of characters: it ends with the first character that completes a stop string,
-and loses the longest stop string that this character completes. What might still become a stop
-string is held back, so that no part of one is ever let out.
+and loses the longest stop string that this character completes, unless it is to be kept. What might
+still become a stop string that is to be lost is held back, so that no part of one is ever let out.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 class StopMatcher:
     """Knuth-Morris-Pratt over each stop string, side by side; the state survives between pieces."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, keeps_stop: bool = False) -> None:
         """`stop_strings` are not empty strings."""
+        self._keeps_stop = keeps_stop
         self._patterns = [(stop, _borders(stop)) for stop in stop_strings]
         self._matched = [0] * len(self._patterns)
         self._held = ""
@@ -28,8 +29,8 @@ class StopMatcher:
             if longest := self._advance(text[end]):
                 self.is_stopped = True
                 self._held = ""
-                return text[: end + 1 - longest]
-        certain = len(text) - max(self._matched, default=0)
+                return text[: end + 1 - (0 if self._keeps_stop else longest)]
+        certain = len(text) - (0 if self._keeps_stop else max(self._matched, default=0))
         self._held = text[certain:]
         return text[:certain]
 

@@ -52,6 +52,7 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
 
     async def chat_completions(request: Request) -> Response:
         body = parse(ChatBody, await _json_of(request, pipeline))
+        _check_number("n", body.n, pipeline.settings.max_choices)
         chat = Chat([message.for_template() for message in body.messages])
         return GenerationResponse(
             pipeline,
@@ -64,14 +65,8 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionBody, await _json_of(request, pipeline))
-        limit = 1 if body.stream else pipeline.settings.max_prompts
-        if len(body.prompt) > limit:
-            raise ApiError(
-                HTTPStatus.BAD_REQUEST,
-                f"prompt: at most {limit} {'when streaming' if body.stream else 'in one request'}",
-                param="prompt",
-                code="invalid_value",
-            )
+        _check_number("prompt", len(body.prompt), pipeline.settings.max_prompts)
+        _check_number("n", len(body.prompt) * body.n, pipeline.settings.max_choices)
         return GenerationResponse(
             pipeline,
             body,
@@ -122,6 +117,16 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
 
     _answer_errors(app)
     return ExchangeRecorder(app, pipeline.metrics)
+
+
+def _check_number(param: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            f"{param}: at most {limit} {'choices' if param == 'n' else 'prompts'} in one request",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def _answer_errors(app: FastAPI) -> None:

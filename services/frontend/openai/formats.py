@@ -1,17 +1,21 @@
 """Answers in OpenAI's shape, as bytes.
 
-A stream's chunks differ only in their text, so all around it is made once for each request.
+A stream's chunks differ in little but their text, so all around it is made once for each choice.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import orjson
 
 from services.frontend.completion import Completion
+from services.frontend.core.logprobs import TokenLogprobs
+from services.frontend.models import ServedModel
+from services.frontend.openai.logprobs import chat_logprobs, text_logprobs
 from switchgear.common.v1 import generation_pb2
 
 DONE = b"data: [DONE]\n\n"
@@ -24,18 +28,44 @@ _SPLIT = "\x00"
 """Stands where the text goes while the chunk around it is made."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What all chunks and choices of an answer have in common."""
+
+    answer_id: str
+    model: ServedModel
+    created: int
+    """In seconds since 1970."""
+    service_tier: str | None = None
+    """None when the caller did not ask for one."""
+    includes_usage: bool = False
+    """Whether a stream ends with the usage."""
+    usage_so_far: Callable[[], dict[str, Any]] | None = None
+    """For every chunk of a stream, when it is asked for."""
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """The fields at the start of every object of the answer."""
+        head = {
+            "id": self.answer_id,
+            "created": self.created,
+            "model": self.model.name,
+            "object": kind,
+        }
+        return head if self.service_tier is None else head | {"service_tier": "default"}
+
+
 class Format(ABC):
-    """One answer's bytes."""
+    """The bytes of one choice of an answer."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, answer_id: str, model: str, created: int, *, includes_usage: bool) -> None:
-        """`created` is in seconds since 1970."""
-        self._head = {"id": answer_id, "created": created, "model": model}
-        self._usage_in_chunks: dict[str, Any] = {"usage": None} if includes_usage else {}
-        self._includes_usage = includes_usage
+    def __init__(self, answer: Answer, index: int) -> None:
+        self._answer = answer
+        self._index = index
+        self._head = answer.head(self.chunk_object)
+        self._is_plain = answer.usage_so_far is None
         before, after = self._chunk(self._part(_SPLIT), None).split(orjson.dumps(_SPLIT))
         self._before_text, self._after_text = before, after
 
@@ -51,45 +81,53 @@ class Format(ABC):
     def _whole(self, text: str) -> dict[str, Any]:
         """How a choice of a whole answer carries text."""
 
+    @abstractmethod
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """How a choice carries log probabilities."""
+
     def first_chunk(self) -> bytes:
         """What comes before any text."""
         return b""
 
-    def text_chunk(self, text: str) -> bytes:
+    def text_chunk(self, text: str, logprobs: Sequence[TokenLogprobs] | None = None) -> bytes:
         """One server-sent event with new text."""
-        return b"%b%b%b" % (self._before_text, orjson.dumps(text), self._after_text)
+        if logprobs is None and self._is_plain:
+            return b"%b%b%b" % (self._before_text, orjson.dumps(text), self._after_text)
+        return self._chunk(self._part(text), None, logprobs)
 
-    def last_chunks(self, completion: Completion) -> bytes:
-        """The events after the last text."""
-        chunks = self._chunk(self._last_part(), _FINISH_REASONS[completion.finish_reason])
-        if self._includes_usage:
-            chunks += _event(
-                self._head
-                | {"object": self.chunk_object, "choices": [], "usage": _usage([completion])}
-            )
-        return chunks + DONE
+    def last_chunk(self, completion: Completion) -> bytes:
+        """The event after the last text."""
+        return self._chunk(self._last_part(), _FINISH_REASONS[completion.finish_reason])
 
-    def whole(self, completions: Sequence[Completion], texts: Sequence[str]) -> bytes:
-        """The body of an answer that is not streamed: one choice for each completion."""
-        choices = [
-            {
-                "index": index,
-                **self._whole(text),
-                "logprobs": None,
-                "finish_reason": _FINISH_REASONS[completion.finish_reason],
-            }
-            for index, (completion, text) in enumerate(zip(completions, texts, strict=True))
-        ]
-        return orjson.dumps(
-            self._head
-            | {"object": self.whole_object, "choices": choices, "usage": _usage(completions)}
-        )
+    def whole(
+        self, text: str, logprobs: Sequence[TokenLogprobs] | None, completion: Completion
+    ) -> dict[str, Any]:
+        """The choice of an answer that is not streamed."""
+        return {
+            "index": self._index,
+            **self._whole(text),
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": _FINISH_REASONS[completion.finish_reason],
+        }
 
-    def _chunk(self, part: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": finish_reason}
-        return _event(
-            self._head | {"object": self.chunk_object, "choices": [choice]} | self._usage_in_chunks
-        )
+    def _chunk(
+        self,
+        part: dict[str, Any],
+        finish_reason: str | None,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> bytes:
+        choice = {
+            "index": self._index,
+            **part,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
+        chunk = self._head | {"choices": [choice]}
+        if self._answer.usage_so_far is not None:
+            chunk["usage"] = self._answer.usage_so_far()
+        elif self._answer.includes_usage:
+            chunk["usage"] = None
+        return _event(chunk)
 
 
 class ChatFormat(Format):
@@ -105,6 +143,9 @@ class ChatFormat(Format):
 
     def _whole(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return chat_logprobs(found, self._answer.model.tokenizer)
 
     def first_chunk(self) -> bytes:
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
@@ -124,6 +165,23 @@ class TextFormat(Format):
     def _whole(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return text_logprobs(found, self._answer.model.tokenizer)
+
+
+def end_chunks(answer: Answer, kind: str, usage: Callable[[], dict[str, Any]]) -> bytes:
+    """What ends a stream that went well."""
+    if not answer.includes_usage:
+        return DONE
+    return _event(answer.head(kind) | {"choices": [], "usage": usage()}) + DONE
+
+
+def whole_answer(
+    answer: Answer, kind: str, choices: Sequence[dict[str, Any]], usage: dict[str, Any]
+) -> bytes:
+    """The body of an answer that is not streamed."""
+    return orjson.dumps(answer.head(kind) | {"choices": choices, "usage": usage})
+
 
 def error_event(body: bytes) -> bytes:
     """The last event of a stream that failed."""
@@ -134,10 +192,12 @@ def _event(fields: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(fields)
 
 
-def _usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    prompt_tokens = sum(completion.prompt_tokens for completion in completions)
+def usage_of(completions: Sequence[Completion], choices_per_prompt: int) -> dict[str, Any]:
+    """A prompt counts once, however many choices it has."""
+    prompts = completions[::choices_per_prompt]
+    prompt_tokens = sum(completion.prompt_tokens for completion in prompts)
     completion_tokens = sum(completion.completion_tokens for completion in completions)
-    cached_tokens = sum(completion.cached_tokens for completion in completions)
+    cached_tokens = sum(completion.cached_tokens for completion in prompts)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -1,6 +1,7 @@
 """Answers to the two generating endpoints, streamed or whole.
 
-Headers go out with the first tokens, so that what fails before has its own HTTP status.
+Headers go out with the first tokens, so that what fails before has its own HTTP status; a stream
+that has none for long starts without.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,9 +20,18 @@ from libs.common import logs
 from libs.common.errors import SwitchgearError
 from libs.common.tasks import background
 from services.frontend.completion import Completion, running
+from services.frontend.openai.choices import Choice, merged
 from services.frontend.openai.errors import api_error_of, internal_error
 from services.frontend.openai.exchange import exchange_of
-from services.frontend.openai.formats import Format, error_event
+from services.frontend.openai.formats import (
+    Answer,
+    Format,
+    end_chunks,
+    error_event,
+    usage_of,
+    whole_answer,
+)
+from services.frontend.openai.keep_alive import COMMENT, KeepAlive
 from services.frontend.openai.schema import ChatBody, CompletionBody
 from services.frontend.pipeline import Pipeline, Prompt, new_request_id, time_limit
 from switchgear.common.v1 import routing_pb2
@@ -65,6 +77,7 @@ class GenerationResponse(Response):
             self._pipeline.metrics.disconnects.inc()
             return
         except SwitchgearError as error:
+            error.param = self._body.param_of(error.param)
             if not self._is_started:
                 raise
             last = error_event(api_error_of(error).body)
@@ -87,69 +100,88 @@ class GenerationResponse(Response):
             async with time_limit(deadline):
                 exchange_of(scope).model = pipeline.models.canonical_name(body.model)
                 model = pipeline.models.get(body.model)
-                completions = []
-                for index, prompt in enumerate(self._prompts):
-                    completion = pipeline.start(
-                        f"{self._answer_id}-{index}" if index else self._answer_id,
-                        model,
-                        await pipeline.tokenise(model, prompt),
-                        body.options(),
-                        traceparent=self._traceparent,
-                        routing=self._routing,
-                        accepted_at=accepted_at,
-                        deadline=deadline,
-                    )
-                    completions_running.enter_context(running(completion, pipeline.metrics))
-                    completions.append(completion)
-                answer = self._format_class(
-                    self._answer_id,
-                    model.name,
-                    int(time.time()),
+                completions: list[Completion] = []
+                usage = partial(usage_of, completions, body.n)
+                answer = Answer(
+                    answer_id=self._answer_id,
+                    model=model,
+                    created=int(time.time()),
+                    service_tier=body.service_tier,
                     includes_usage=body.includes_usage,
+                    usage_so_far=usage if body.includes_usage_so_far else None,
                 )
+                choices: list[Choice] = []
+                for prompt in self._prompts:
+                    token_ids = await pipeline.tokenise(model, prompt)
+                    echoed = None
+                    if body.echoes:
+                        echoed = await pipeline.texts(
+                            model, token_ids, keeps_special_tokens=not body.skip_special_tokens
+                        )
+                    for number in range(body.n):
+                        index = len(choices)
+                        completion = pipeline.start(
+                            f"{self._answer_id}-{index}" if index else self._answer_id,
+                            model,
+                            token_ids,
+                            body.options(number),
+                            traceparent=self._traceparent,
+                            routing=self._routing,
+                            accepted_at=accepted_at,
+                            deadline=deadline,
+                        )
+                        completions_running.enter_context(running(completion, pipeline.metrics))
+                        completions.append(completion)
+                        choices.append(
+                            Choice(
+                                completion,
+                                self._format_class(answer, index),
+                                echoed=echoed,
+                                has_logprobs=body.logprob_options is not None,
+                            )
+                        )
                 if body.stream:
-                    return await self._stream(completions[0], answer, scope, send)
-                return await self._whole(completions, answer, send)
+                    last = await self._stream(choices, scope, send)
+                    return last + end_chunks(answer, self._format_class.chunk_object, usage)
+                wholes = await _read_all(choices)
+                whole = whole_answer(answer, self._format_class.whole_object, wholes, usage())
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(whole)).encode()),
+                ]
+                await self._start(send, headers, completions[0])
+                return whole
 
-    async def _stream(
-        self, completion: Completion, answer: Format, scope: Scope, send: Send
-    ) -> bytes:
-        text = await completion.read()
+    async def _stream(self, choices: Sequence[Choice], scope: Scope, send: Send) -> bytes:
+        """Sends the chunks but the last, which it returns."""
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
-        await self._start(send, headers, completion)
-        send = exchange_of(scope).send
-        chunk = answer.first_chunk()
-        while True:
-            if text:
-                chunk += answer.text_chunk(text)
-            if completion.is_finished:
-                return chunk + answer.last_chunks(completion)
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            text = await completion.read()
-            chunk = b""
+        send_body = exchange_of(scope).send
 
-    async def _whole(self, completions: Sequence[Completion], answer: Format, send: Send) -> bytes:
-        if len(completions) == 1:
-            texts = [await _read_all(completions[0])]
-        else:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    reading = [group.create_task(_read_all(one)) for one in completions]
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from None
-            texts = [task.result() for task in reading]
-        whole = answer.whole(completions, texts)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(whole)).encode()),
-        ]
-        await self._start(send, headers, completions[0])
-        return whole
+        async def send_comment() -> None:
+            if not self._is_started:
+                await self._start(send, headers, choices[0].completion)
+            await send_body({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+        async with (
+            merged(choices) as source,
+            KeepAlive(self._pipeline.settings.sse_keep_alive_seconds, send_comment) as keep_alive,
+        ):
+            chunk = source.chunk_of(await source.read())
+            await keep_alive.settled()
+            if not self._is_started:
+                await self._start(send, headers, choices[0].completion)
+            while not source.is_finished:
+                if chunk:
+                    await send_body(
+                        {"type": "http.response.body", "body": chunk, "more_body": True}
+                    )
+                    keep_alive.sent()
+                chunk = source.chunk_of(await source.read())
+            return chunk
 
     async def _start(
         self, send: Send, headers: list[tuple[bytes, bytes]], completion: Completion
@@ -162,11 +194,15 @@ class GenerationResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
-async def _read_all(completion: Completion) -> str:
-    texts = []
-    while not completion.is_finished:
-        texts.append(await completion.read())
-    return "".join(texts)
+async def _read_all(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    if len(choices) == 1:
+        return [await choices[0].read_whole()]
+    try:
+        async with asyncio.TaskGroup() as group:
+            reading = [group.create_task(choice.read_whole()) for choice in choices]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in reading]
 
 
 @asynccontextmanager

@@ -11,48 +11,45 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from services.frontend.openai.constraints import ConstrainedBody
 from services.frontend.openai.errors import ApiError
+from services.frontend.openai.strict import Strict as _Strict
 from services.frontend.pipeline import GenerationOptions
 from switchgear.common.v1 import generation_pb2
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 64
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_BIAS = 100
+MAX_BIASED_TOKENS = 1024
+MAX_SALT_CHARACTERS = 256
 
 _IGNORED = frozenset(
     {
-        "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
-        "service_tier",
-        "user",
     }
 )
 """Fields that change nothing about the text."""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -111,17 +108,24 @@ def _token_ids(value: object) -> list[int]:
         raise ValueError("token ids must be non-negative integers") from error
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+def _biases(value: object) -> object:
+    """Token ids are strings in JSON."""
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(key, str) and key.isascii() and key.isdigit() for key in value):
+        raise ValueError("keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's extension: with include_usage, every chunk has the usage so far."""
     include_obfuscation: bool = False
     """Ignored: padding against observers of the network is not offered."""
 
 
-class GenerationBody(_Strict):
+class GenerationBody(ConstrainedBody):
     """What chat and completions have in common. Absent and null are the same."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -133,10 +137,26 @@ class GenerationBody(_Strict):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         BeforeValidator(_stop_strings),
-        Field(max_length=MAX_STOP_STRINGS),
-    ] = []
+    ] = Field(default=[], max_length=MAX_STOP_STRINGS)
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    logit_bias: Annotated[
+        dict[
+            Annotated[int, Field(lt=2**32)],
+            Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
+        ],
+        BeforeValidator(_biases),
+    ] = Field(default={}, max_length=MAX_BIASED_TOKENS)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    """There is one tier only; the answer says so when it is asked for."""
+
+    # For the caller's own books: checked, and kept nowhere.
+    user: str | None = None
+    metadata: dict[
+        Annotated[str, Field(max_length=64)],
+        Annotated[str, Field(max_length=512)],
+    ] = Field(default={}, max_length=16)
 
     # vLLM's extensions.
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
@@ -148,14 +168,42 @@ class GenerationBody(_Strict):
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=[], max_length=MAX_STOP_TOKEN_IDS
     )
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    """Requests of a lower value are run first when not all can run at once."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """Cached blocks are shared with requests of the same salt only."""
 
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def includes_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
+    @property
+    def logprob_options(self) -> generation_pb2.LogprobOptions | None:
+        """None when the answer has no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt's text comes before the answer's."""
+        return False
+
+    def param_of(self, param: str | None) -> str | None:
+        """What this API calls a parameter that a worker complained of."""
+        if param == "constraint":
+            return next(iter(self.constraints()), param)
+        return "logprobs" if param is not None and param.startswith("logprobs.") else param
+
     def _options(
-        self, max_tokens: int | None, max_tokens_param: str, prompt_param: str
+        self, max_tokens: int | None, max_tokens_param: str, prompt_param: str, choice: int
     ) -> GenerationOptions:
         return GenerationOptions(
             max_tokens=max_tokens,
@@ -165,16 +213,23 @@ class GenerationBody(_Strict):
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
             stop_strings=self.stop,
+            includes_stop=self.include_stop_str_in_output,
+            keeps_special_tokens=not self.skip_special_tokens,
+            logprobs=self.logprob_options,
+            cache_salt=self.cache_salt,
+            priority=self.priority,
             sampling=generation_pb2.SamplingOptions(
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=None if self.top_k is None else max(0, self.top_k),
                 min_p=self.min_p,
-                # Engines take seeds of 63 bits.
-                seed=None if self.seed is None else self.seed & (2**63 - 1),
+                # Engines take seeds of 63 bits. Choices of equal seeds would be equal.
+                seed=None if self.seed is None else (self.seed + choice) & (2**63 - 1),
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
                 repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias,
+                constraint=next(iter(self.constraints().values()), None),
             ),
         )
 
@@ -202,11 +257,21 @@ class ChatBody(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: _MaxTokens | None = None
     max_completion_tokens: _MaxTokens | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
-    def options(self) -> GenerationOptions:
+    @property
+    def logprob_options(self) -> generation_pb2.LogprobOptions | None:
+        if not self.logprobs:
+            return None
+        return generation_pb2.LogprobOptions(output_alternatives=self.top_logprobs or 0)
+
+    def options(self, choice: int = 0) -> GenerationOptions:
+        """Of one of the n choices."""
+        limit, name = self.max_tokens, "max_tokens"
         if self.max_completion_tokens is not None:
-            return self._options(self.max_completion_tokens, "max_completion_tokens", "messages")
-        return self._options(self.max_tokens, "max_tokens", "messages")
+            limit, name = self.max_completion_tokens, "max_completion_tokens"
+        return self._options(limit, name, "messages", choice)
 
 
 class CompletionBody(GenerationBody):
@@ -214,9 +279,27 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
     max_tokens: _MaxTokens = 16
+    echo: bool = False
+    best_of: int | None = None
+    """No more are made than are given."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
-    def options(self) -> GenerationOptions:
-        return self._options(self.max_tokens, "max_tokens", "prompt")
+    @property
+    def logprob_options(self) -> generation_pb2.LogprobOptions | None:
+        if self.logprobs is None:
+            return None
+        return generation_pb2.LogprobOptions(
+            output_alternatives=self.logprobs,
+            prompt_alternatives=self.logprobs if self.echo else None,
+        )
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    def options(self, choice: int = 0) -> GenerationOptions:
+        """Of one of the n choices."""
+        return self._options(self.max_tokens, "max_tokens", "prompt", choice)
 
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
@@ -240,14 +323,26 @@ def parse(body: type[BodyT], fields: object) -> BodyT:
         parsed = body.model_validate(known)
     except ValidationError as error:
         raise _api_error(error.errors(include_url=False)[0]) from None
-    if parsed.stream_options is not None and not parsed.stream:
-        raise ApiError(
-            HTTPStatus.BAD_REQUEST,
-            "stream_options is only allowed when stream is true",
-            param="stream_options",
-            code="invalid_value",
-        )
+    _check_together(parsed)
     return parsed
+
+
+def _check_together(body: GenerationBody) -> None:
+    """What no field can tell by itself."""
+    if body.stream_options is not None and not body.stream:
+        raise _invalid("stream_options", "stream_options is only allowed when stream is true")
+    if len(given := body.constraints()) > 1:
+        raise _invalid([*given][1], f"{' and '.join(given)} can't be used together")
+    if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
+        raise _invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+    if isinstance(body, CompletionBody) and body.best_of not in (None, body.n):
+        raise _invalid(
+            "best_of", "best_of is not supported with another value than n", "unsupported_parameter"
+        )
+
+
+def _invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
 def _without_neutral(

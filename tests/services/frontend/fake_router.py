@@ -57,7 +57,7 @@ class Call:
         transferred: int = 0,
         error: SwitchgearError | None = None,
     ) -> None:
-        """Tokens, and the end, in one step."""
+        """Tokens, and the end, in one step; with the log probabilities that were asked for."""
         outputs = outputs_pb2.StepOutputs()
         if starts:
             outputs.starts.add(
@@ -67,11 +67,28 @@ class Call:
             outputs.handles.append(self.handle)
             outputs.token_counts.append(len(tokens))
             outputs.token_ids.extend(tokens)
+            asked = self.generation.logprobs
+            if asked.HasField("output_alternatives"):
+                self._add_logprobs(outputs.logprobs, tokens, asked.output_alternatives)
+            if asked.HasField("prompt_alternatives") and starts:
+                prompt = self.generation.token_ids[1:]
+                self._add_logprobs(outputs.prompt_logprobs, prompt, asked.prompt_alternatives)
         if finish is not None:
             finished = outputs.finishes.add(handle=self.handle, reason=finish)
             if error is not None:
                 finished.error.CopyFrom(grpc_errors.to_message(error))
         self.session.send(router_pb2.SessionResponse(outputs=[outputs.SerializeToString()]))
+
+    def _add_logprobs(
+        self, columns: outputs_pb2.Logprobs, tokens: Sequence[int], alternatives: int
+    ) -> None:
+        columns.handles.append(self.handle)
+        columns.position_counts.append(len(tokens))
+        columns.candidate_counts.append(1 + alternatives)
+        for token in tokens:
+            for candidate, logprob in made_up_logprobs(token, alternatives):
+                columns.token_ids.append(candidate)
+                columns.logprobs.append(logprob)
 
     def fail(self, error: SwitchgearError, failed: str = "") -> None:
         """Ends the request outside an engine."""
@@ -81,6 +98,12 @@ class Call:
             failed_instance_id=worker_id(failed) if failed else 0,
         )
         self.session.send(router_pb2.SessionResponse(failures=[failure]))
+
+
+def made_up_logprobs(token: int, alternatives: int) -> list[tuple[int, float]]:
+    """Every token is the second likeliest, behind the one before it."""
+    likeliest = [(token - 1, -0.25), (token, -0.5), *((token + i, -1.0 - i) for i in range(1, 20))]
+    return [(token, -0.5), *likeliest[:alternatives]]
 
 
 Behaviour = Callable[[Call], Awaitable[None]]
@@ -188,11 +211,13 @@ def says(
         answer = byte_model.tokens(text)
         if finish == STOP:
             answer.append(byte_model.END_TOKEN)
-        answer = answer[: call.generation.stopping.max_tokens]
+        limit = call.generation.stopping.max_tokens
+        reason = LENGTH if len(answer) > limit else finish
+        answer = answer[:limit]
         for begin in range(0, len(answer), tokens_per_step):
             end = begin + tokens_per_step
             is_last = end >= len(answer)
-            call.send(answer[begin:end], finish if is_last else None, starts=begin == 0)
+            call.send(answer[begin:end], reason if is_last else None, starts=begin == 0)
             await asyncio.sleep(0)
 
     return behave

@@ -84,6 +84,39 @@ async def test_stop_strings_and_sampling_are_obeyed(tmp_path: Path) -> None:
         assert router.calls[0].generation.sampling.temperature == 0.5
 
 
+async def test_what_is_asked_of_the_output_works_as_over_http(tmp_path: Path) -> None:
+    async with (
+        fake_router(says("éa.")) as router,
+        frontend(tmp_path, [router]) as started,
+        calling(started) as channel,
+    ):
+        request = Request(
+            model=NAME,
+            text="Hi",
+            stop=["."],
+            includes_stop=True,
+            priority=-1,
+            kv=generation_pb2.KvOptions(cache_salt="tenant"),
+            logprobs=generation_pb2.LogprobOptions(output_alternatives=1, prompt_alternatives=0),
+        )
+        request.sampling.logit_bias[5] = 2
+        request.sampling.constraint.regex = ".+"
+        answer = [part async for part in InferenceServiceStub(channel).Generate(request)]
+        assert "".join(part.text for part in answer) == "éa."
+        found = [token for part in answer for token in part.logprobs]
+        assert b"".join(token.token.bytes for token in found) == "éa.".encode()
+        assert [token.token.logprob for token in found] == [-0.5] * 4
+        assert found[2].alternatives == [
+            inference_pb2.Candidate(token_id=tokens("`")[0], bytes=b"`", logprob=-0.25)
+        ]
+        first, second = answer[0].prompt_logprobs
+        assert (first.token.bytes, first.token.HasField("logprob")) == (b"H", False)
+        assert (second.token.bytes, second.token.logprob) == (b"i", -0.5)
+        sent = router.calls[0].generation
+        assert sent.sampling == request.sampling
+        assert (sent.kv, sent.priority) == (request.kv, -1)
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "reason", "param"),
     [

@@ -72,7 +72,7 @@ async def test_a_completion_stream_has_no_usage_unless_asked(tmp_path: Path) -> 
         response = await started.complete(stream=True, max_tokens=7)
         *middle, last = events_of(response)
         assert "".join(event["choices"][0]["text"] for event in middle) == "Grüße"
-        assert last["choices"][0]["finish_reason"] == "stop"
+        assert last["choices"][0]["finish_reason"] == "length"
         assert all("usage" not in event for event in (*middle, last))
 
 
@@ -372,7 +372,7 @@ async def test_the_official_client_is_content(tmp_path: Path) -> None:
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.prompt_tokens_details is not None
         completion = await client.completions.create(model=NAME, prompt=[5, 6], max_tokens=4)
-        assert completion.choices[0].finish_reason == "stop"
+        assert completion.choices[0].finish_reason == "length"
         with pytest.raises(openai.NotFoundError) as not_found:
             await client.chat.completions.create(model="gpt-7", messages=messages)
         assert not_found.value.code == "model_not_found"

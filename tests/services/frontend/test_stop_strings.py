@@ -48,6 +48,23 @@ def test_nothing_is_held_back_that_can_not_become_a_stop_string(
         assert not held or any(stop.startswith(held) for stop in stop_strings)
 
 
+@given(texts, stops)
+def test_a_stop_string_that_is_kept_ends_the_text_and_nothing_is_held_back(
+    text: str, stop_strings: list[str]
+) -> None:
+    matcher = StopMatcher(stop_strings, keeps_stop=True)
+    out = matcher.feed(text)
+    lost = StopMatcher(stop_strings)
+    before = lost.feed(text)
+    assert matcher.is_stopped == lost.is_stopped
+    assert out.startswith(before)
+    assert text.startswith(out)
+    if matcher.is_stopped:
+        assert out[len(before) :] in stop_strings
+    else:
+        assert out == text
+
+
 def test_a_partial_match_is_held_until_it_is_settled() -> None:
     matcher = StopMatcher(["END"])
     assert [matcher.feed(piece) for piece in ("one E", "N", "d two", " EN", "D three")] == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from libs.common.errors import InvalidRequest
 from services.frontend.chat_template import Chat
@@ -50,6 +50,33 @@ def test_what_is_no_text_at_all_does_not_pile_up() -> None:
 
 def test_special_tokens_have_no_text() -> None:
     assert text_of([*tokens("a"), END_TOKEN, *tokens("b")], []) == "ab"
+
+
+def test_special_tokens_have_text_when_they_are_to_be_kept() -> None:
+    detokenizer = TOKENIZER.detokenizer([], keeps_special_tokens=True)
+    text = "".join(map(detokenizer.add, [*tokens("é"), END_TOKEN, *tokens("b")]))
+    assert text == "é<|im_end|>b"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_the_bytes_of_tokens_are_the_bytes_of_their_text(text: str) -> None:
+    assert b"".join(map(TOKENIZER.token_bytes, TOKENIZER.encode(text))) == text.encode()
+
+
+def test_the_bytes_of_tokens_of_a_tokenizer_of_words_keep_their_spaces() -> None:
+    pieces = [("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581", -2.0), ("b", -3.0), ("<0xC3>", -4.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    words = ModelTokenizer({"tokenizer.json": tokenizer.to_str().encode()})
+    assert [words.token_bytes(token) for token in range(1, 5)] == [b" a", b" ", b"b", b"\xc3"]
 
 
 def test_chat_goes_through_the_models_own_template() -> None:

@@ -65,6 +65,24 @@ async def test_a_long_prompt_is_prefilled_elsewhere_and_gives_the_same_tokens(
     assert stand.workers["d2"].engine.counters().transferred_blocks == 25
 
 
+async def test_a_prompt_whose_probabilities_are_asked_for_is_computed_where_it_goes_on(
+    stand: Stand,
+) -> None:
+    await stand.add(PREFILL, "p")
+    await stand.add(DECODE, "d")
+    asked = generation(LONG_PROMPT, 3)
+    asked.logprobs.prompt_alternatives = 0
+    call = stand.stub.Generate(router_pb2.GenerateRequest(generation=asked), timeout=10)
+    responses = [response async for response in call]
+    assert not responses[0].routed.HasField("prefill_worker")
+    assert list(responses[0].prompt_logprobs.token_ids) == LONG_PROMPT[1:]
+    routing = router_pb2.RoutingRequest(
+        request_id="r", model=MODEL, prompt_tokens=len(LONG_PROMPT), keeps_prompt_local=True
+    )
+    chosen = await stand.stub.SelectWorker(router_pb2.SelectWorkerRequest(routing=routing))
+    assert not chosen.HasField("prefill_worker")
+
+
 async def test_an_unknown_model_is_not_found(stand: Stand) -> None:
     call = stand.stub.Generate(router_pb2.GenerateRequest(generation=generation([1], 1)))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
