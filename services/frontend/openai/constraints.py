@@ -30,20 +30,6 @@ _JsonSchema = Annotated[dict[str, Any] | str, AfterValidator(_json_of)]
 """As JSON, once validated. Whether it is a schema that can be followed is for the engine to say."""
 
 
-class _TextFormat(Strict):
-    type: Literal["text"]
-
-    def constraint(self) -> OutputConstraint | None:
-        return None
-
-
-class _JsonObjectFormat(Strict):
-    type: Literal["json_object"]
-
-    def constraint(self) -> OutputConstraint | None:
-        return OutputConstraint(json_object=True)
-
-
 class _NamedSchema(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -52,17 +38,23 @@ class _NamedSchema(Strict):
     """Makes no difference: a schema is always followed."""
 
 
-class _JsonSchemaFormat(Strict):
-    type: Literal["json_schema"]
-    json_schema: _NamedSchema
+class ResponseFormat(Strict):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("a json_schema belongs to the type json_schema, and to no other")
+        return self
 
     def constraint(self) -> OutputConstraint | None:
-        return OutputConstraint(json_schema=str(self.json_schema.json_schema))
-
-
-ResponseFormat = Annotated[
-    _TextFormat | _JsonObjectFormat | _JsonSchemaFormat, Field(discriminator="type")
-]
+        """None for plain text."""
+        if self.json_schema is not None:
+            return OutputConstraint(json_schema=str(self.json_schema.json_schema))
+        return OutputConstraint(json_object=True) if self.type == "json_object" else None
 
 
 class StructuredOutputs(Strict):

@@ -6,6 +6,7 @@ it is ignored. An unknown field is refused too, since a typing error must not go
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -187,9 +188,9 @@ class GenerationBody(ConstrainedBody):
         return options is not None and options.include_usage and options.continuous_usage_stats
 
     @property
+    @abstractmethod
     def logprob_options(self) -> generation_pb2.LogprobOptions | None:
         """None when the answer has no log probabilities."""
-        raise NotImplementedError
 
     @property
     def echoes(self) -> bool:
@@ -333,7 +334,7 @@ def _check_together(body: GenerationBody) -> None:
         raise _invalid("stream_options", "stream_options is only allowed when stream is true")
     if len(given := body.constraints()) > 1:
         raise _invalid([*given][1], f"{' and '.join(given)} can't be used together")
-    if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         raise _invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true")
     if isinstance(body, CompletionBody) and body.best_of not in (None, body.n):
         raise _invalid(
