@@ -36,7 +36,7 @@ class Stand(NamedTuple):
 
 @pytest.fixture
 async def failing() -> AsyncIterator[Stand]:
-    servicer = Failing()
+    servicer = Failing()  # type: ignore[abstract]
 
     def add(server: grpc.aio.Server) -> None:
         kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(servicer, server)
