@@ -44,14 +44,27 @@ def sim(
     model: Path,
     worker_flags: tuple[str, ...],
     router_flags: tuple[str, ...] = (),
-    **counts: int,
+    *,
+    prefill: int,
+    decode: int,
+    routers: int = 1,
+    indexers: int = 1,
 ) -> AbstractContextManager[Running]:
     flags: dict[Component, tuple[str, ...]] = {
         "decode_worker": worker_flags,
         "prefill_worker": worker_flags,
         "router": (*PATIENT, *router_flags),
     }
-    return running(run_dir, engine="sim", model=model, flags=flags, **counts)
+    return running(
+        run_dir,
+        engine="sim",
+        model=model,
+        flags=flags,
+        prefill=prefill,
+        decode=decode,
+        routers=routers,
+        indexers=indexers,
+    )
 
 
 def command(deployment: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -181,10 +194,11 @@ async def test_three_routers_find_as_much_cached_as_one(
 ) -> None:
     rates = {}
     for routers in (1, 3):
-        counts = {"prefill": 0, "decode": 4, "routers": routers}
         # Timed like an engine: a worker's load must live longer than it takes to tell of it.
         run_dir = tmp_path / f"run{routers}"
-        with sim(run_dir, tokenizer_folder, (), CACHE_FIRST, **counts) as it:
+        with sim(
+            run_dir, tokenizer_folder, (), CACHE_FIRST, prefill=0, decode=4, routers=routers
+        ) as it:
             rates[routers] = await hit_rate(it, routers)
             print(f"{routers} routers: {rates[routers]:.4f} of the prompt tokens were cached")
     assert rates[1] > 0.5
