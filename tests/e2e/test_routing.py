@@ -133,14 +133,14 @@ async def test_a_conversation_sticks_without_kv_events_too(
 ) -> None:
     flags = (*FAST, "--no-kv-events")
     with sim(tmp_path / "run", tokenizer_folder, flags, prefill=0, decode=3, indexers=0) as it:
-        texts = [growing(number) for number in range(6)]
-        # At the same time, so that they are spread.
-        firsts = await asyncio.gather(*(asyncio.to_thread(it.chat, text[0]) for text in texts))
-        assert len({answer.decode_worker for answer in firsts}) == 3
-        for first, (_, *later) in zip(firsts, texts, strict=True):
+        for number in range(6):
+            home = f"decode_worker-{number % 3}"
+            opening, *later = growing(number)
+            first = await asyncio.to_thread(it.chat, opening, {"x-switchgear-pin": home})
+            assert first.decode_worker == home
             for text in later:
                 answer = await asyncio.to_thread(it.chat, text)
-                assert answer.decode_worker == first.decode_worker
+                assert answer.decode_worker == home
                 assert answer.cached_tokens > 500
         # Nobody is missed where nobody is needed.
         assert it.metric("router-0", "switchgear_router_degraded", reason="no_kv_indexer") == 0
