@@ -15,6 +15,7 @@ from rich.text import Text
 
 from deploy.local import topology
 from libs.common.discovery import Discovery
+from libs.common.errors import NoLiveInstance
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 
 Component = Literal["router"]
@@ -41,7 +42,12 @@ def parsed(value: str) -> struct_pb2.Value:
 
 def write(etcd_url: str, key: str, value: struct_pb2.Value | None) -> int:
     """Writes or removes (None) an entry; its revision. Raises ConnectionError."""
-    return asyncio.run(Discovery(etcd_url, topology.NAMESPACE).put(key, value))
+    discovery = Discovery(etcd_url, topology.NAMESPACE)
+    change = discovery.delete(key) if value is None else discovery.put(key, value)
+    try:
+        return asyncio.run(change)
+    except NoLiveInstance as error:
+        raise ConnectionError(error.message) from error
 
 
 def settings_of(routers: Mapping[str, str]) -> Iterator[tuple[str, router_pb2.GetSettingsResponse]]:

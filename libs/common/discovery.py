@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from libs.common import logs
+from libs.common.errors import NoLiveInstance
 from libs.common.tasks import background
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -159,22 +160,37 @@ class Discovery:
             if (await lease.refresh()).TTL <= 0:
                 return
 
-    async def put(self, key: str, message: Message | None) -> int:
-        """Writes an entry that stays, such as "config/router/temperature", or removes it (None).
+    async def put(self, key: str, message: Message) -> int:
+        """Writes an entry that stays until it is deleted, such as "config/router/temperature".
 
-        Returns the revision of the change, which tables come to have; 0 when there was nothing to
-        remove. Raises ConnectionError.
+        Returns the revision of the change, which tables come to have. Raises NoLiveInstance when
+        etcd can't be reached, as `delete` and `read` do.
         """
-        name = (self._root + key).encode()
+        async with self._one_call() as client:
+            written = await client.put((self._root + key).encode(), _to_json(message))
+            return int(written.header.revision)
+
+    async def delete(self, key: str) -> int:
+        """Returns the revision of the change; 0 when there was no such entry."""
+        async with self._one_call() as client:
+            deleted = await client.delete((self._root + key).encode())
+            return int(deleted.header.revision) if deleted else 0
+
+    async def read(self, prefix: str, message: type[T]) -> dict[Key, T]:
+        """What is under `prefix` now. Entries that can't be read are left out."""
+        root = (self._root + prefix).encode()
+        async with self._one_call() as client:
+            found = await client.get_prefix(root)
+        parsed = ((_key(root, item.key), _parse(item.key, item.value, message)) for item in found)
+        return {key: value for key, value in parsed if value is not None}
+
+    @asynccontextmanager
+    async def _one_call(self) -> AsyncIterator[aetcd.Client]:
         try:
-            async with self._client() as client:
-                if message is None:
-                    deleted = await client.delete(name)
-                    return deleted.header.revision if deleted else 0
-                written = await client.put(name, _to_json(message))
-                return int(written.header.revision)
+            async with asyncio.timeout(CALL_SECONDS), self._client() as client:
+                yield client
         except (aetcd.ClientError, OSError, TimeoutError) as error:
-            raise ConnectionError(f"etcd at {self._url}: {error!r}") from error
+            raise NoLiveInstance(f"etcd at {self._url} can't be reached: {error!r}") from error
 
     @asynccontextmanager
     async def watching(self, prefix: str, message: type[T]) -> AsyncIterator[Table[T]]:

@@ -52,6 +52,48 @@ class ContextTooLong(InvalidRequest):
     reason = "CONTEXT_TOO_LONG"
 
 
+class Unauthenticated(SwitchgearError):
+    """An API key is asked for, and none or an unknown one was given."""
+
+    code, http, reason = (
+        StatusCode.UNAUTHENTICATED,
+        HTTPStatus.UNAUTHORIZED,
+        "UNAUTHENTICATED",
+    )
+
+
+class ModelNotAllowed(SwitchgearError):
+    """The API key is good, but not for this model."""
+
+    code, http, reason = (
+        StatusCode.PERMISSION_DENIED,
+        HTTPStatus.FORBIDDEN,
+        "MODEL_NOT_ALLOWED",
+    )
+
+
+class RequestsLimited(SwitchgearError):
+    """The API key's limit on requests, in a minute or at the same time, is reached."""
+
+    code, http, reason = (
+        StatusCode.RESOURCE_EXHAUSTED,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "REQUESTS_LIMITED",
+    )
+    is_retryable = True
+
+
+class TokensLimited(SwitchgearError):
+    """The API key's limit on tokens in a minute is reached."""
+
+    code, http, reason = (
+        StatusCode.RESOURCE_EXHAUSTED,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "TOKENS_LIMITED",
+    )
+    is_retryable = True
+
+
 class ModelNotFound(SwitchgearError):
     """Nobody serves a model of that name."""
 
@@ -131,6 +173,10 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         InternalError,
         InvalidRequest,
         ContextTooLong,
+        Unauthenticated,
+        ModelNotAllowed,
+        RequestsLimited,
+        TokensLimited,
         ModelNotFound,
         Overloaded,
         NoLiveInstance,

@@ -24,6 +24,8 @@ class Chat:
 
     messages: Sequence[dict[str, str]]
     """Each has `role`, `content`, and what else the caller gave, such as `name`."""
+    begins_answer: bool = True
+    """Whether the prompt ends with what opens the assistant's answer."""
 
     @property
     def characters(self) -> int:
@@ -50,7 +52,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, chat: Chat) -> str:
-        """The prompt, up to where the assistant's answer begins.
+        """The prompt text.
 
         Raises InvalidRequest when the template rejects the messages, such as for their order.
         """
@@ -59,7 +61,7 @@ class ChatTemplate:
             [prompt], _ = render(
                 conversations=[list(chat.messages)],
                 chat_template=self._source,
-                add_generation_prompt=True,
+                add_generation_prompt=chat.begins_answer,
                 **self._special_tokens,
             )
         except _TEMPLATE_ERRORS as error:

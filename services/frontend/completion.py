@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from libs.common import grpc_errors, logs
 from libs.common.errors import InternalError, SwitchgearError
 from libs.common.hashing import sequence_hashes
+from services.frontend.access import Reservation
 from services.frontend.core.attempt import Attempts, MigrationPolicy
 from services.frontend.core.logprobs import LogprobLedger, Position, TokenLogprobs, of_prompt
 from services.frontend.core.stop_strings import StopMatcher
@@ -48,7 +49,10 @@ class TextRequest:
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
     logprobs: generation_pb2.LogprobOptions | None = None
     cache_salt: str = ""
+    """Cached blocks are shared with requests of the same salt only."""
     priority: int = 0
+    reservation: Reservation | None = None
+    """Tokens taken from the caller's limit until it is known how many the request used."""
     traceparent: str = ""
     routing: routing_pb2.RoutingOptions | None = None
     accepted_at: float
@@ -312,10 +316,17 @@ class Completion:
 @contextmanager
 def running(completion: Completion, metrics: FrontendMetrics) -> Iterator[Completion]:
     """Stops the completion, and counts it, when the body is left for whatever reason."""
+    is_unserved = False
     try:
         yield completion
+    except SwitchgearError:
+        is_unserved = not completion.completion_tokens
+        raise
     finally:
         completion.close()
+        if (reservation := completion.request.reservation) is not None:
+            used_tokens = completion.prompt_tokens + completion.completion_tokens
+            reservation.settle(0 if is_unserved else used_tokens)
         name = completion.request.model.name
         metrics.completion_tokens.labels(name).inc(completion.completion_tokens)
         if completion.is_finished:

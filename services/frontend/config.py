@@ -29,6 +29,26 @@ class FrontendSettings(ServiceSettings):
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     """Largest request body; larger ones get 413. A token of prompt takes some 5 bytes."""
 
+    max_buffered_body_bytes: int = Field(default=256 << 20, ge=1024)
+    """Request bodies held at the same time while they are being received; beyond, 429."""
+
+    body_timeout_seconds: float = Field(default=30.0, gt=0)
+    """For a client to send its body; then it gets 408."""
+
+    max_header_bytes: int = Field(default=64 << 10, ge=1024)
+    """Largest request line and headers together; larger ones get 431."""
+
+    header_timeout_seconds: float = Field(default=10.0, gt=0)
+    """For a client to send its headers once it has begun; then it gets 408."""
+
+    api_keys: str = "none"
+    """Who may call: `none` asks for no API key; `etcd` has keys under config/frontend/keys/;
+    anything else is the path of a file of keys. Keys are followed while the process runs."""
+
+    allow_open_access: bool = False
+    """Serve without API keys on an address that others can reach. Without it the process does not
+    start with `host` other than loopback and `api_keys` none."""
+
     max_prompts: int = Field(default=16, ge=1)
     """Prompts in one completions call."""
 

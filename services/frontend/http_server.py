@@ -10,6 +10,9 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.frontend.config import FrontendSettings
+from services.frontend.http_protocol import HttpConfig, HttpProtocol
+
 BACKLOG_CONNECTIONS = 2048
 
 KEEP_ALIVE_SECONDS = 75
@@ -41,24 +44,25 @@ class HttpServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpServer]:
+async def serving_http(app: ASGIApp, settings: FrontendSettings) -> AsyncIterator[HttpServer]:
     """Serves while the body runs; then cuts off. Raises OSError when the port can't be had."""
-    listener = _listen(host, port)
-    server = HttpServer(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
-        )
+    listener = _listen(settings.host, settings.http_port)
+    config = HttpConfig(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
     )
+    config.max_header_bytes = settings.max_header_bytes
+    config.header_timeout_seconds = settings.header_timeout_seconds
+    server = HttpServer(config)
     server.port = listener.getsockname()[1]
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

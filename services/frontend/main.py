@@ -13,6 +13,7 @@ from libs.common.service import offering
 from libs.common.tasks import background
 from services.frontend.config import FrontendSettings
 from services.frontend.http_server import serving_http
+from services.frontend.key_sources import controlled_access
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.model_files import ModelFileStore
 from services.frontend.models import Models
@@ -40,16 +41,17 @@ async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
         discovery.watching("instances/", discovery_pb2.Instance) as instances,
         discovery.watching("models/", discovery_pb2.ModelCard) as cards,
         sessions.following(instances),
+        controlled_access(settings, discovery) as access,
     ):
         models = Models(cards, instances, ModelFileStore(settings.cache_folder / "tokenizers"))
-        pipeline = Pipeline(settings, models, sessions, FrontendMetrics())
+        pipeline = Pipeline(settings, models, sessions, FrontendMetrics(), access)
 
         def add_services(server: grpc.aio.Server) -> None:
             add_InferenceServiceServicer_to_server(InferenceServicer(pipeline), server)
 
         async with (
             models.following(),
-            serving_http(create_app(pipeline), settings.host, settings.http_port) as http,
+            serving_http(create_app(pipeline), settings) as http,
         ):
 
             async def drain() -> None:

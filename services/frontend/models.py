@@ -88,6 +88,15 @@ class Models:
             return found
         raise found
 
+    def facts(self, name: str) -> tuple[KnownModel, str]:
+        """What is known of the model of that name or alias, and why it can't be served now, empty
+        when it can. Raises ModelNotFound."""
+        found = self._find(name)
+        if isinstance(found, ModelNotFound):
+            raise found
+        problem = "" if isinstance(found, ServedModel) else found.message
+        return self._known[self.canonical_name(name)], problem
+
     def canonical_name(self, name: str) -> str:
         """The name of the known model of that name or alias; empty for an unknown one."""
         return name if name in self._known else self._aliases.get(name, "")

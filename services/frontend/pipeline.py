@@ -8,18 +8,21 @@ import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, TypeVar, assert_never
 
 from libs.common.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
+    ModelNotAllowed,
     NoLiveInstance,
     Overloaded,
     SwitchgearError,
 )
+from services.frontend.access import Access, Caller
 from services.frontend.chat_template import Chat
-from services.frontend.completion import Completion, TextRequest
+from services.frontend.completion import LONG_PROMPT_TOKENS, Completion, TextRequest
 from services.frontend.config import FrontendSettings
 from services.frontend.core.attempt import MigrationPolicy
 from services.frontend.metrics import FrontendMetrics
@@ -75,8 +78,10 @@ class Pipeline:
         models: Models,
         sessions: RouterSessions,
         metrics: FrontendMetrics,
+        access: Access,
     ) -> None:
         self.settings = settings
+        self.access = access
         self.models = models
         self.sessions = sessions
         self.metrics = metrics
@@ -98,10 +103,11 @@ class Pipeline:
         return "" if self.sessions.is_connected else "no router can be reached"
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
+    def admitted(self, caller: Caller) -> Iterator[None]:
         """A place among the requests in progress while the body runs.
 
-        Raises Overloaded when there is none, and NoLiveInstance while draining.
+        Raises Overloaded when there is none, RequestsLimited or TokensLimited when the caller has
+        none, and NoLiveInstance while draining.
         """
         if self.is_draining:
             raise NoLiveInstance("this frontend is shutting down", retry_after_seconds=1)
@@ -113,7 +119,8 @@ class Pipeline:
         self._idle.clear()
         self.metrics.in_flight.set(self._in_flight)
         try:
-            yield
+            with caller.admitted():
+                yield
         except SwitchgearError as error:
             self.metrics.errors.labels(error.reason).inc()
             raise
@@ -123,18 +130,41 @@ class Pipeline:
                 self._idle.set()
             self.metrics.in_flight.set(self._in_flight)
 
+    def model_for(self, caller: Caller, name: str) -> ServedModel:
+        """The model of that name or alias.
+
+        Raises ModelNotFound, ModelNotAllowed, and NoLiveInstance for one that can't be served now.
+        """
+        self.check_allowed(caller, name)
+        return self.models.get(name)
+
+    def check_allowed(self, caller: Caller, name: str) -> None:
+        """Raises ModelNotAllowed for a known model that is not for this caller."""
+        canonical = self.models.canonical_name(name)
+        if canonical and not caller.may_use(name, canonical):
+            raise ModelNotAllowed(
+                f"The API key '{caller.key_id}' does not have access to model '{name}'",
+                param="model",
+            )
+
     async def wait_idle(self, seconds: float) -> None:
         """Returns when no request is in progress, or after that time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
 
-    async def tokenise(self, model: ServedModel, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt. Raises InvalidRequest for what the model can't take."""
+    async def tokenise(
+        self, model: ServedModel, prompt: Prompt, *, adds_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokens of a prompt. Raises InvalidRequest for what the model can't take.
+
+        `adds_special_tokens` matters to plain texts only.
+        """
         tokenizer = model.tokenizer
         match prompt:
             case str():
-                return await _near_or_far(tokenizer.encode, prompt, len(prompt))
+                encode = partial(tokenizer.encode, adds_special_tokens=adds_special_tokens)
+                return await _near_or_far(encode, prompt, len(prompt))
             case Chat():
                 return await _near_or_far(tokenizer.encode_chat, prompt, prompt.characters)
             case list():
@@ -155,6 +185,31 @@ class Pipeline:
             return await asyncio.to_thread(add_all)
         return add_all()
 
+    async def detokenise(self, model: ServedModel, token_ids: list[int]) -> str:
+        """The text of tokens, special ones included. Raises InvalidRequest for unknown ones."""
+        tokenizer = model.tokenizer
+        checked = _checked(token_ids, tokenizer.vocabulary_tokens, param="tokens")
+        if len(checked) > LONG_PROMPT_TOKENS:
+            return await asyncio.to_thread(tokenizer.decode, checked)
+        return tokenizer.decode(checked)
+
+    def only_model(self, caller: Caller) -> str:
+        """The name of the one model that the caller may use, for requests that name none.
+
+        Raises InvalidRequest when there is none or more than one.
+        """
+        names = [
+            model.name
+            for model in self.models.served()
+            if caller.may_use(model.name, *model.facts.aliases)
+        ]
+        if len(names) != 1:
+            raise InvalidRequest(
+                f"model is missing, and not exactly one but {len(names)} can be used",
+                param="model",
+            )
+        return names[0]
+
     def start(
         self,
         request_id: str,
@@ -162,6 +217,7 @@ class Pipeline:
         prompt: list[int],
         options: GenerationOptions,
         *,
+        caller: Caller,
         traceparent: str,
         routing: routing_pb2.RoutingOptions | None = None,
         accepted_at: float,
@@ -169,7 +225,8 @@ class Pipeline:
     ) -> Completion:
         """A completion to read; nothing is sent before that.
 
-        Raises InvalidRequest, or ContextTooLong, for what does not fit the model.
+        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, and TokensLimited
+        when the caller has not enough left for the prompt and max_tokens.
         """
         if not prompt:
             raise InvalidRequest("the prompt is empty", param=options.prompt_param)
@@ -203,8 +260,9 @@ class Pipeline:
             keeps_special_tokens=options.keeps_special_tokens,
             sampling=options.sampling,
             logprobs=options.logprobs,
-            cache_salt=options.cache_salt,
-            priority=options.priority,
+            cache_salt=caller.cache_salt(options.cache_salt),
+            priority=caller.priority(options.priority),
+            reservation=caller.reserve(len(prompt) + (options.max_tokens or 0)),
             traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
             routing=routing,
             accepted_at=accepted_at,
@@ -236,9 +294,9 @@ async def _near_or_far(
     return encode(prompt)
 
 
-def _checked(token_ids: list[int], vocabulary_tokens: int) -> list[int]:
+def _checked(token_ids: list[int], vocabulary_tokens: int, param: str = "prompt") -> list[int]:
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary_tokens):
-        raise InvalidRequest(f"token ids must be in 0 to {vocabulary_tokens - 1}", param="prompt")
+        raise InvalidRequest(f"token ids must be in 0 to {vocabulary_tokens - 1}", param=param)
     return token_ids
 
 

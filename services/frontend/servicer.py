@@ -6,10 +6,12 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
 from libs.common.errors import InvalidRequest, SwitchgearError
+from services.frontend.access import ANYONE, Caller
 from services.frontend.chat_template import Chat
 from services.frontend.completion import Completion, running
 from services.frontend.core.logprobs import TokenLogprobs
@@ -49,11 +51,11 @@ class InferenceServicer(InferenceServiceServicer):
             inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
         ],
     ) -> None:
-        with self._counted(request):
+        with self._counted("generate", request.model):
             await self._generate(request, context)
 
     @contextmanager
-    def _counted(self, request: inference_pb2.GenerateRequest) -> Iterator[None]:
+    def _counted(self, endpoint: str, asked_model: str) -> Iterator[None]:
         status = grpc.StatusCode.CANCELLED
         try:
             yield
@@ -63,8 +65,8 @@ class InferenceServicer(InferenceServiceServicer):
             raise
         finally:
             metrics = self._pipeline.metrics
-            model = self._pipeline.models.canonical_name(request.model)
-            metrics.requests.labels(model, "generate", status.name).inc()
+            model = self._pipeline.models.canonical_name(asked_model)
+            metrics.requests.labels(model, endpoint, status.name).inc()
             if status is grpc.StatusCode.CANCELLED:
                 metrics.disconnects.inc()
 
@@ -76,19 +78,21 @@ class InferenceServicer(InferenceServiceServicer):
         ],
     ) -> None:
         pipeline = self._pipeline
+        caller = _caller(pipeline, context)
         options = _options(request)
         accepted_at = asyncio.get_running_loop().time()
         left_seconds = context.time_remaining()
         limit_seconds = pipeline.settings.request_timeout_seconds
         deadline = accepted_at + min(limit_seconds, left_seconds or limit_seconds)
-        with pipeline.admitted():
+        with pipeline.admitted(caller):
             async with time_limit(deadline):
-                model = pipeline.models.get(request.model)
+                model = pipeline.model_for(caller, request.model)
                 completion = pipeline.start(
                     new_request_id("gen"),
                     model,
                     await pipeline.tokenise(model, _prompt(request)),
                     options,
+                    caller=caller,
                     traceparent=_traceparent(context),
                     routing=request.routing if request.HasField("routing") else None,
                     accepted_at=accepted_at,
@@ -116,31 +120,75 @@ class InferenceServicer(InferenceServiceServicer):
             inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse
         ],
     ) -> inference_pb2.ListModelsResponse:
+        caller = _caller(self._pipeline, context)
         return inference_pb2.ListModelsResponse(
             models=[
                 inference_pb2.Model(
                     model=model.name, context_length_tokens=model.facts.context_length_tokens
                 )
                 for model in self._pipeline.models.served()
+                if caller.may_use(model.name, *model.facts.aliases)
             ]
         )
 
+    async def Tokenize(
+        self,
+        request: inference_pb2.TokenizeRequest,
+        context: grpc.aio.ServicerContext[
+            inference_pb2.TokenizeRequest, inference_pb2.TokenizeResponse
+        ],
+    ) -> inference_pb2.TokenizeResponse:
+        pipeline = self._pipeline
+        with self._counted("tokenize", request.model):
+            caller = _caller(pipeline, context)
+            with pipeline.admitted(caller):
+                model = pipeline.model_for(caller, request.model)
+                token_ids = await pipeline.tokenise(
+                    model,
+                    _prompt(request, begins_answer=not request.omit_answer_opening),
+                    adds_special_tokens=not request.omit_special_tokens,
+                )
+                return inference_pb2.TokenizeResponse(
+                    token_ids=token_ids, context_length_tokens=model.facts.context_length_tokens
+                )
 
-def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
+    async def Detokenize(
+        self,
+        request: inference_pb2.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[
+            inference_pb2.DetokenizeRequest, inference_pb2.DetokenizeResponse
+        ],
+    ) -> inference_pb2.DetokenizeResponse:
+        pipeline = self._pipeline
+        with self._counted("detokenize", request.model):
+            caller = _caller(pipeline, context)
+            with pipeline.admitted(caller):
+                model = pipeline.model_for(caller, request.model)
+                text = await pipeline.detokenise(model, list(request.token_ids))
+                return inference_pb2.DetokenizeResponse(text=text)
+
+
+def _prompt(
+    request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
+    *,
+    begins_answer: bool = True,
+) -> Prompt:
     match request.WhichOneof("prompt"):
         case "messages":
             return Chat(
                 [
                     {"role": message.role, "content": message.content}
                     for message in request.messages.messages
-                ]
+                ],
+                begins_answer=begins_answer,
             )
         case "text":
             return request.text
         case "token_ids":
+            assert isinstance(request, inference_pb2.GenerateRequest)
             return list(request.token_ids.token_ids)
         case _:
-            raise InvalidRequest("prompt is missing: messages, text or token_ids", param="prompt")
+            raise InvalidRequest("prompt is missing", param="prompt")
 
 
 def _options(request: inference_pb2.GenerateRequest) -> GenerationOptions:
@@ -195,12 +243,19 @@ def _add_logprobs(
         response.prompt_logprobs.extend(map(message, completion.prompt_logprobs()))
 
 
-def _traceparent(
-    context: grpc.aio.ServicerContext[
-        inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
-    ],
-) -> str:
+def _caller(pipeline: Pipeline, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+    """Raises Unauthenticated."""
+    if pipeline.access.is_open:
+        return ANYONE
+    return pipeline.access.caller(_metadata(context, "authorization"))
+
+
+def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    return _metadata(context, "traceparent")
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any], wanted: str) -> str:
     for name, value in context.invocation_metadata() or ():
-        if name == "traceparent":
+        if name == wanted:
             return value if isinstance(value, str) else value.decode(errors="replace")
     return ""

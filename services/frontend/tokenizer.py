@@ -53,8 +53,11 @@ class ModelTokenizer:
         """As far as they were asked for."""
         self._bytes_of_letters = byte_letters()
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt, with the special tokens that the model wants around one."""
+    def encode(self, text: str, *, adds_special_tokens: bool = True) -> list[int]:
+        """Tokens of a plain prompt, by default with the special tokens that the model wants around
+        one."""
+        if not adds_special_tokens:
+            return self._encode(text, add_special_tokens=False)
         token_ids = self._encode(text, add_special_tokens=True)
         # A prompt that already starts with the token would otherwise have it twice.
         if self._bos_id is not None and token_ids[:2] == [self._bos_id, self._bos_id]:
@@ -80,6 +83,15 @@ class ModelTokenizer:
         )
         token_ids: list[int] = encoding.ids
         return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens that are all known, special ones included."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls each token. Not text: a space may be a letter of its own."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def detokenizer(
         self, prompt: Sequence[int], *, keeps_special_tokens: bool = False

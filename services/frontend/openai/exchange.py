@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.frontend.access import ANYONE, Caller
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.pipeline import new_request_id
 
@@ -19,7 +20,10 @@ _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
     "/v1/models": "models",
+    "/tokenize": "tokenize",
+    "/detokenize": "detokenize",
     "/health": "health",
+    "/ready": "ready",
     "/live": "live",
     "/metrics": "metrics",
 }
@@ -37,6 +41,8 @@ class Exchange:
     model: str = ""
     """Name of the served model, once it is known."""
     status: int = _CLIENT_LEFT
+    caller: Caller = ANYONE
+    """Who asks, once that is known."""
 
 
 def exchange_of(scope: Scope) -> Exchange:
@@ -63,7 +69,11 @@ class ExchangeRecorder:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 request_id = exchange.request_id.encode()
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id),
+                    *exchange.caller.rate_headers(),
+                ]
             await send(message)
 
         try:

@@ -96,10 +96,11 @@ class GenerationResponse(Response):
         pipeline, body = self._pipeline, self._body
         accepted_at = asyncio.get_running_loop().time()
         deadline = accepted_at + pipeline.settings.request_timeout_seconds
-        with pipeline.admitted(), ExitStack() as completions_running:
+        caller = exchange_of(scope).caller
+        with pipeline.admitted(caller), ExitStack() as completions_running:
             async with time_limit(deadline):
                 exchange_of(scope).model = pipeline.models.canonical_name(body.model)
-                model = pipeline.models.get(body.model)
+                model = pipeline.model_for(caller, body.model)
                 completions: list[Completion] = []
                 usage = partial(usage_of, completions, body.n)
                 answer = Answer(
@@ -125,6 +126,7 @@ class GenerationResponse(Response):
                             model,
                             token_ids,
                             body.options(number),
+                            caller=caller,
                             traceparent=self._traceparent,
                             routing=self._routing,
                             accepted_at=accepted_at,

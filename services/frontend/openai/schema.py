@@ -303,11 +303,19 @@ class CompletionBody(GenerationBody):
         return self._options(self.max_tokens, "max_tokens", "prompt", choice)
 
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 
 def parse(body: type[BodyT], fields: object) -> BodyT:
-    """The checked body. Raises ApiError, naming the field."""
+    """The checked body of a request to generate. Raises ApiError, naming the field."""
+    parsed = checked(body, fields)
+    _check_together(parsed)
+    return parsed
+
+
+def checked(body: type[ModelT], fields: object) -> ModelT:
+    """Any body whose fields hold by themselves. Raises ApiError, naming the field."""
     if not isinstance(fields, dict):
         raise ApiError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object")
     known = _without_neutral(fields, _NEUTRAL, "")
@@ -321,11 +329,19 @@ def parse(body: type[BodyT], fields: object) -> BodyT:
         ]
     known = {name: value for name, value in known.items() if name not in _IGNORED}
     try:
-        parsed = body.model_validate(known)
+        return body.model_validate(known)
     except ValidationError as error:
         raise _api_error(error.errors(include_url=False)[0]) from None
-    _check_together(parsed)
-    return parsed
+
+
+def unoffered_fields(*, of_message: bool = False) -> dict[str, dict[str, Any]]:
+    """JSON schemas of the fields that are known and not offered."""
+    neutral = _NEUTRAL_IN_MESSAGE if of_message else _NEUTRAL
+    ignored = frozenset[str]() if of_message else _IGNORED
+    return {
+        name: {"enum": [None, *values], "description": "Not offered; at these values ignored."}
+        for name, values in neutral.items()
+    } | {name: {"description": "Accepted and ignored."} for name in sorted(ignored)}
 
 
 def _check_together(body: GenerationBody) -> None:

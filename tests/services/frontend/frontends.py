@@ -12,10 +12,11 @@ import grpc
 import httpx
 from prometheus_client import CollectorRegistry
 
-from libs.common.discovery import Table
+from libs.common.discovery import Discovery, Table
 from libs.common.grpc_server import serving
 from services.frontend.config import FrontendSettings
 from services.frontend.http_server import HttpServer, serving_http
+from services.frontend.key_sources import controlled_access
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.model_files import ModelFileStore
 from services.frontend.models import Models
@@ -139,12 +140,16 @@ async def frontend(
         parsed = FrontendSettings.model_validate(options)
         instances: Table[discovery_pb2.Instance] = Table()
         known_cards: Table[discovery_pb2.ModelCard] = Table()
+        # Not asked before it is there: nothing in here needs etcd, unless keys are to be in it.
+        discovery = Discovery(parsed.etcd_url, parsed.namespace)
+        access = await stack.enter_async_context(controlled_access(parsed, discovery))
         sessions = RouterSessions(parsed.session_window_responses)
         models = Models(known_cards, instances, ModelFileStore(folder / "tokenizers"))
-        pipeline = Pipeline(parsed, models, sessions, FrontendMetrics(CollectorRegistry()))
+        metrics = FrontendMetrics(CollectorRegistry())
+        pipeline = Pipeline(parsed, models, sessions, metrics, access)
         await stack.enter_async_context(sessions.following(instances))
         await stack.enter_async_context(models.following())
-        http = await stack.enter_async_context(serving_http(create_app(pipeline), "127.0.0.1", 0))
+        http = await stack.enter_async_context(serving_http(create_app(pipeline), parsed))
         client = await stack.enter_async_context(
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{http.port}", timeout=30)
         )

@@ -12,6 +12,9 @@ from tests.fixtures.eventually import until
 from tests.services.frontend.byte_model import CHECKSUM, FILES, NAME, card
 from tests.services.frontend.frontends import Frontend, file_server, frontend
 
+LACKS_DECODE = f"The model '{NAME}' is not ready: it lacks a decode worker"
+LOADING = f"The model '{NAME}' is not ready: its tokenizer is being loaded"
+
 
 async def listed(started: Frontend) -> list[str]:
     response = await started.client.get("/v1/models")
@@ -19,27 +22,33 @@ async def listed(started: Frontend) -> list[str]:
     return [model["id"] for model in data]
 
 
-async def status_of(started: Frontend, model: str = NAME) -> int:
-    return (await started.client.get(f"/v1/models/{model}")).status_code
+async def state_of(started: Frontend, model: str = NAME) -> str:
+    """ "ready", or why not."""
+    response = await started.client.get(f"/v1/models/{model}")
+    if response.status_code == 404:
+        return "unknown"
+    described = response.json()
+    assert described["ready"] == (described["not_ready_reason"] is None)
+    return str(described["not_ready_reason"] or "ready")
 
 
 async def test_a_model_comes_and_goes_with_its_workers(tmp_path: Path) -> None:
     async with file_server() as (_, worker), frontend(tmp_path, cards=[]) as started:
-        assert (await listed(started), await status_of(started)) == ([], 404)
+        assert (await listed(started), await state_of(started)) == ([], "unknown")
 
         started.list_instances(worker)
         started.list_cards(card(1, ROLE_PREFILL_WORKER))
-        assert (await listed(started), await status_of(started)) == ([], 503)
+        assert (await listed(started), await state_of(started)) == ([], LACKS_DECODE)
 
         started.list_cards(card(1, ROLE_PREFILL_WORKER), card(worker.instance_id))
         await until(lambda: started.models.served())
-        assert (await listed(started), await status_of(started)) == ([NAME], 200)
+        assert (await listed(started), await state_of(started)) == ([NAME], "ready")
 
         started.list_cards(card(1, ROLE_PREFILL_WORKER))
-        assert (await listed(started), await status_of(started)) == ([], 503)
+        assert (await listed(started), await state_of(started)) == ([], LACKS_DECODE)
 
         started.list_cards()
-        assert (await listed(started), await status_of(started)) == ([], 404)
+        assert (await listed(started), await state_of(started)) == ([], "unknown")
 
 
 async def test_several_models_and_their_aliases_are_listed(tmp_path: Path) -> None:
@@ -51,13 +60,16 @@ async def test_several_models_and_their_aliases_are_listed(tmp_path: Path) -> No
         )
         await until(lambda: len(started.models.served()) == 2)
         assert await listed(started) == ["a", "org/b", "b"]
-        assert (await status_of(started, "org/b"), await status_of(started, "b")) == (200, 200)
+        assert (await state_of(started, "org/b"), await state_of(started, "b")) == (
+            "ready",
+            "ready",
+        )
 
 
 async def test_a_worker_whose_address_comes_later_still_gives_its_files(tmp_path: Path) -> None:
     async with file_server() as (_, worker), frontend(tmp_path, cards=[], workers=[]) as started:
         started.list_cards(card(worker.instance_id))
-        assert await status_of(started) == 503
+        assert await state_of(started) == LOADING
         started.list_instances(worker)
         await until(lambda: started.models.served())
 
@@ -82,7 +94,7 @@ async def test_files_that_do_not_match_the_card_are_not_used(tmp_path: Path) -> 
         started.list_instances(worker)
         started.list_cards(card(worker.instance_id))
         await until(lambda: servicer.calls)
-        assert await status_of(started) == 503
+        assert await state_of(started) == LOADING
         assert not os.path.exists(tmp_path / "tokenizers")  # noqa: ASYNC240
 
 

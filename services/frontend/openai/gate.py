@@ -1,0 +1,39 @@
+"""Asks for an API key before anything else of a request is looked at."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from libs.common.errors import SwitchgearError
+from services.frontend.access import Access
+from services.frontend.openai.errors import api_error_of, error_response
+from services.frontend.openai.exchange import exchange_of
+
+_OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/openapi.json", "/docs"})
+"""What probes and readers of the documentation ask for. It tells nothing about anyone's use."""
+
+
+class AccessGate:
+    """Between the recorder and the application, where API keys are asked for."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in _OPEN_PATHS:
+            try:
+                exchange_of(scope).caller = self._access.caller(_authorization(scope))
+            except SwitchgearError as error:
+                response = error_response(api_error_of(error))
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _authorization(scope: Scope) -> str:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    for name, value in headers:
+        if name == b"authorization":
+            return value.decode("latin-1")
+    return ""

@@ -1,0 +1,251 @@
+"""The page that describes the REST API, at /openapi.json and, for people, at /docs.
+
+Requests are described by the classes that check them. Those take more forms than they say: a field
+may be null where it may be left out, and some take one value in place of a list.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from services.frontend.openai.schema import ChatBody, CompletionBody, unoffered_fields
+from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody
+
+TITLE = "Switchgear"
+
+_Schema = dict[str, Any]
+_NULL: _Schema = {"type": "null"}
+_TEXT: _Schema = {"type": "string"}
+_COUNT: _Schema = {"type": "integer", "minimum": 0}
+_TOKEN_IDS: _Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+_FURTHER_FORMS: dict[str, dict[str, list[_Schema]]] = {
+    "ChatMessage": {
+        "content": [
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"type": {"const": "text"}, "text": _TEXT},
+                    "required": ["type", "text"],
+                },
+            }
+        ]
+    },
+    "ChatBody": {"stop": [_TEXT]},
+    "CompletionBody": {"stop": [_TEXT], "prompt": [_TEXT, _TOKEN_IDS]},
+}
+
+_ERRORS = {
+    400: "A field is missing, unknown, malformed or out of range; or the context is too small.",
+    401: "An API key is asked for, and none or an unknown one was sent.",
+    403: "The API key is not for this model.",
+    404: "Nobody serves a model of this name.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    415: "The body is not of type application/json.",
+    429: "Too busy, or a limit of the API key is reached. Come back after Retry-After.",
+    500: "A bug. Its text is in the server's log.",
+    503: "The model is known, but can't be served now. Come back after Retry-After.",
+    504: "The request took longer than it may.",
+}
+_POST_ERRORS = tuple(_ERRORS)
+_GET_ERRORS = (401, 429, 500, 503)
+
+
+def _object(**properties: _Schema) -> _Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _nullable(schema: _Schema) -> _Schema:
+    return {"anyOf": [schema, _NULL]}
+
+
+def _list_of(items: _Schema) -> _Schema:
+    return {"type": "array", "items": items}
+
+
+def _ref(name: str) -> _Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answers() -> dict[str, _Schema]:
+    finish_reason = _nullable({"enum": ["stop", "length", "tool_calls", "content_filter"]})
+    head = {"id": _TEXT, "created": _COUNT, "model": _TEXT}
+    choice = {"index": _COUNT, "finish_reason": finish_reason}
+    error = {"message": _TEXT, "type": _TEXT, "param": _nullable(_TEXT), "code": _nullable(_TEXT)}
+    return {
+        "Error": _object(error=_object(**error)),
+        "Usage": _object(
+            prompt_tokens=_COUNT,
+            completion_tokens=_COUNT,
+            total_tokens=_COUNT,
+            prompt_tokens_details=_object(cached_tokens=_COUNT),
+        ),
+        "ChatCompletion": _object(
+            **head,
+            object={"const": "chat.completion"},
+            choices=_list_of(
+                _object(
+                    **choice,
+                    message=_object(role={"const": "assistant"}, content=_nullable(_TEXT)),
+                )
+            ),
+            usage=_ref("Usage"),
+        ),
+        "ChatCompletionChunk": _object(
+            **head,
+            object={"const": "chat.completion.chunk"},
+            choices=_list_of(_object(**choice, delta={"type": "object"})),
+        ),
+        "Completion": _object(
+            **head,
+            object={"const": "text_completion"},
+            choices=_list_of(_object(**choice, text=_TEXT)),
+            usage=_ref("Usage"),
+        ),
+        "Model": _object(
+            id=_TEXT,
+            object={"const": "model"},
+            created=_COUNT,
+            owned_by=_TEXT,
+            root=_TEXT,
+            max_model_len=_COUNT,
+            ready={"type": "boolean", "description": "Whether a request would be taken now."},
+            not_ready_reason=_nullable(_TEXT),
+        ),
+        "Models": _object(object={"const": "list"}, data=_list_of(_ref("Model"))),
+        "Tokens": _object(
+            count=_COUNT,
+            max_model_len=_COUNT,
+            tokens=_TOKEN_IDS,
+            token_strs=_nullable(_list_of(_TEXT)),
+        ),
+        "Text": _object(prompt=_TEXT),
+        "Status": {
+            "type": "object",
+            "properties": {"status": {"const": "ok"}, "models": _list_of(_TEXT)},
+            "required": ["status"],
+        },
+    }
+
+
+def _requests() -> dict[str, _Schema]:
+    schemas: dict[str, _Schema] = {}
+    bodies: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+    for body in bodies:
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    for name, schema in schemas.items():
+        if "properties" not in schema:
+            continue
+        for field, forms in _FURTHER_FORMS.get(name, {}).items():
+            schema["properties"][field] = {"anyOf": [schema["properties"][field], *forms]}
+        for field, described in schema["properties"].items():
+            described.pop("title", None)
+            if field not in schema.get("required", ()):
+                schema["properties"][field] = _nullable(described)
+    for name in (body.__name__ for body in bodies):
+        schemas[name]["properties"] = unoffered_fields() | schemas[name]["properties"]
+    message = schemas["ChatMessage"]
+    message["properties"] = unoffered_fields(of_message=True) | message["properties"]
+    return schemas
+
+
+def _json_content(schema: _Schema) -> _Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _responses(answer: _Schema, errors: tuple[int, ...]) -> _Schema:
+    return {"200": answer} | {
+        str(status): {"description": _ERRORS[status], "content": _json_content(_ref("Error"))}
+        for status in errors
+    }
+
+
+def _post(summary: str, body: str, content: _Schema) -> _Schema:
+    operation = {
+        "summary": summary,
+        "requestBody": {"required": True, "content": _json_content(_ref(body))},
+        "responses": _responses({"description": summary, "content": content}, _POST_ERRORS),
+    }
+    return {"post": operation}
+
+
+def _get(summary: str, answer: str, *, errors: tuple[int, ...] = _GET_ERRORS) -> _Schema:
+    content = _json_content(_ref(answer))
+    operation: _Schema = {
+        "summary": summary,
+        "responses": _responses({"description": summary, "content": content}, errors),
+    }
+    return {"get": operation}
+
+
+def _streamed(whole: str, chunk: str) -> _Schema:
+    events = f"Server-sent events, each with a {chunk} or an Error as its data; then [DONE]."
+    return _json_content(_ref(whole)) | {
+        "text/event-stream": {"schema": {"type": "string", "description": events}}
+    }
+
+
+@cache
+def openapi_page() -> dict[str, Any]:
+    """The whole page, in OpenAPI 3.1."""
+    model = _get(
+        "Describe a model, and why it can't be served now", "Model", errors=(401, 403, 404)
+    )
+    model["get"]["parameters"] = [
+        {
+            "name": "model",
+            "in": "path",
+            "required": True,
+            "description": "A name or alias; may have slashes.",
+            "schema": _TEXT,
+        }
+    ]
+    ready = _get("Whether a request would be taken now", "Status", errors=(503,))
+    ready["get"]["security"] = []
+    live = _get("Whether the process runs", "Status", errors=())
+    live["get"]["security"] = []
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": TITLE,
+            "version": "1",
+            "description": "The part of OpenAI's API that is offered, and vLLM's extensions to it.",
+        },
+        "security": [{"api_key": []}, {}],
+        "paths": {
+            "/v1/chat/completions": _post(
+                "Continue a conversation",
+                "ChatBody",
+                _streamed("ChatCompletion", "ChatCompletionChunk"),
+            ),
+            "/v1/completions": _post(
+                "Continue a text", "CompletionBody", _streamed("Completion", "Completion")
+            ),
+            "/v1/models": _get("List the models that can be served now", "Models"),
+            "/v1/models/{model}": model,
+            "/tokenize": _post(
+                "Tokens of a text or messages", "TokenizeBody", _json_content(_ref("Tokens"))
+            ),
+            "/detokenize": _post("Text of tokens", "DetokenizeBody", _json_content(_ref("Text"))),
+            "/health": ready,
+            "/ready": ready,
+            "/live": live,
+        },
+        "components": {
+            "schemas": _answers() | _requests(),
+            "securitySchemes": {
+                "api_key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Only where API keys are asked for.",
+                }
+            },
+        },
+    }
