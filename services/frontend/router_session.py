@@ -212,6 +212,11 @@ class RouterSessions:
         """Whether a request could be submitted now."""
         return self._connected.is_set()
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that routers have of ours."""
+        return sum(session.in_flight for session in self._sessions.values())
+
     async def wait_connected(self, seconds: float) -> None:
         """Raises NoLiveInstance when no router is connected for that long."""
         try:

@@ -107,6 +107,11 @@ def _answers() -> dict[str, _Schema]:
             choices=_list_of(_object(**choice, text=_TEXT)),
             usage=_ref("Usage"),
         ),
+        "CompletionChunk": _object(
+            **head,
+            object={"const": "text_completion"},
+            choices=_list_of(_object(**choice, text=_TEXT)),
+        ),
         "Model": _object(
             id=_TEXT,
             object={"const": "model"},
@@ -186,10 +191,14 @@ def _get(summary: str, answer: str, *, errors: tuple[int, ...] = _GET_ERRORS) ->
 
 
 def _streamed(whole: str, chunk: str) -> _Schema:
-    events = f"Server-sent events, each with a {chunk} or an Error as its data; then [DONE]."
-    return _json_content(_ref(whole)) | {
-        "text/event-stream": {"schema": {"type": "string", "description": events}}
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref("Error")]},
     }
+    event = _object(data={"anyOf": [{"const": "[DONE]"}, data]})
+    event["description"] = "One server-sent event. The last is [DONE], or an Error."
+    return _json_content(_ref(whole)) | {"text/event-stream": {"schema": event}}
 
 
 @cache
@@ -226,7 +235,7 @@ def openapi_page() -> dict[str, Any]:
                 _streamed("ChatCompletion", "ChatCompletionChunk"),
             ),
             "/v1/completions": _post(
-                "Continue a text", "CompletionBody", _streamed("Completion", "Completion")
+                "Continue a text", "CompletionBody", _streamed("Completion", "CompletionChunk")
             ),
             "/v1/models": _get("List the models that can be served now", "Models"),
             "/v1/models/{model}": model,

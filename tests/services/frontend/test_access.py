@@ -88,7 +88,7 @@ async def test_without_a_good_key_nobody_gets_in(tmp_path: Path, headers: dict[s
         guarded(tmp_path, stored(), router=router) as started,
         httpx.AsyncClient(base_url=started.url) as client,
     ):
-        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
         for method, path in (
             ("POST", "/v1/chat/completions"),
             ("POST", "/v1/completions"),

@@ -89,7 +89,8 @@ def test_what_was_not_used_is_given_back_and_more_use_is_debt() -> None:
     # Whoever is in debt is refused before its prompt is looked at.
     refusal = usage.admit(0.0)
     assert refusal is not None
-    assert (refusal.limited, refusal.retry_after_seconds) == ("tokens", pytest.approx(20.1))
+    assert refusal.limited == "tokens"
+    assert refusal.retry_after_seconds == pytest.approx(20.1)
 
 
 def test_places_come_back_and_a_refused_request_takes_none() -> None:

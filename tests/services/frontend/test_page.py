@@ -1,0 +1,67 @@
+"""The page that describes the REST API, as people and programs get it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from tests.services.frontend.byte_model import NAME
+from tests.services.frontend.frontends import frontend
+
+USER = {"role": "user", "content": "Hi"}
+
+
+async def page_of(folder: Path) -> dict[str, Any]:
+    async with frontend(folder) as started:
+        page: dict[str, Any] = (await started.client.get("/openapi.json")).json()
+        people = await started.client.get("/docs")
+        assert "/openapi.json" in people.text
+        return page
+
+
+async def test_the_page_has_every_endpoint_and_no_loose_end(tmp_path: Path) -> None:
+    page = await page_of(tmp_path)
+    assert set(page["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ready",
+        "/live",
+    }
+    text = json.dumps(page)
+    named = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert named <= set(page["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "body", "is_valid"),
+    [
+        ("ChatBody", {"model": NAME, "messages": [USER]}, True),
+        ("ChatBody", {"model": NAME, "messages": [USER], "stop": "a", "n": 1}, True),
+        ("ChatBody", {"model": NAME, "messages": [USER], "top_p": None, "user": 5}, True),
+        ("ChatBody", {"model": NAME, "messages": []}, False),
+        ("ChatBody", {"model": NAME, "messages": [USER], "tempreature": 1}, False),
+        ("ChatBody", {"model": NAME, "messages": [USER], "temperature": 3}, False),
+        ("CompletionBody", {"model": NAME, "prompt": "a"}, True),
+        ("CompletionBody", {"model": NAME, "prompt": [1, 2]}, True),
+        ("CompletionBody", {"model": NAME, "prompt": [[1], [2]]}, True),
+        ("CompletionBody", {"model": NAME, "prompt": 3}, False),
+        ("CompletionBody", {"prompt": "a"}, False),
+        ("TokenizeBody", {"messages": [USER]}, True),
+        ("DetokenizeBody", {"tokens": [-1]}, False),
+    ],
+)
+async def test_the_page_tells_good_bodies_from_bad_ones(
+    tmp_path: Path, schema: str, body: dict[str, Any], is_valid: bool
+) -> None:
+    page = await page_of(tmp_path)
+    whole = {"$ref": f"#/components/schemas/{schema}", "components": page["components"]}
+    assert jsonschema_rs.is_valid(whole, body) == is_valid
