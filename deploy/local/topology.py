@@ -156,6 +156,11 @@ class _Services:
     def _frontend(self, number: int) -> ProcessSpec:
         http_port = self._deployment.http_port
         url = http_url(self._deployment)
+        probes = [Probe(kind="http", target=f"{url}/health")]
+        # With API keys only their holders may see what is served.
+        if "--api-keys" not in self._deployment.flags.get("frontend", ()):
+            listed = f'"{self._deployment.model_name}"'
+            probes.append(Probe(kind="http", target=f"{url}/v1/models", contains=listed))
         return self._service(
             "frontend",
             number,
@@ -163,14 +168,7 @@ class _Services:
             ["--http-port", str(http_port)],
             ports={"http": http_port},
             address=url,
-            probes=(
-                Probe(kind="http", target=f"{url}/health"),
-                Probe(
-                    kind="http",
-                    target=f"{url}/v1/models",
-                    contains=f'"{self._deployment.model_name}"',
-                ),
-            ),
+            probes=tuple(probes),
         )
 
     def _service(
