@@ -110,3 +110,17 @@ def test_a_wrong_setting_stops_the_process_by_name(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "--max-attempts (SWITCHGEAR_FRONTEND_MAX_ATTEMPTS) is '0'" in result.stderr
+
+
+def test_a_process_that_would_be_open_to_others_unasked_does_not_start() -> None:
+    arguments = ["--host", "0.0.0.0", "--advertise-host", "127.0.0.1", "--http-port", "0"]
+    result = subprocess.run(
+        [sys.executable, "-m", "services.frontend", *arguments],
+        capture_output=True,
+        env=ENVIRONMENT,
+        text=True,
+        timeout=STOP_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "--allow-open-access" in result.stderr
