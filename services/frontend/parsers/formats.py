@@ -1,0 +1,174 @@
+"""The formats by name, and which of them a model's files tell of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from services.frontend.parsers.events import Output
+from services.frontend.parsers.forced import NamedCallStage, RequiredCallsStage
+from services.frontend.parsers.harmony import MARKS as HARMONY_MARKS
+from services.frontend.parsers.harmony import HarmonyStage
+from services.frontend.parsers.hermes import CLOSING, OPENING, HermesStage
+from services.frontend.parsers.llama3_json import PYTHON_TAG, Llama3JsonStage
+from services.frontend.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralStage
+from services.frontend.parsers.stage import ContentStage, OutputParser, Stage
+from services.frontend.parsers.think import ThinkStage
+
+AUTO = "auto"
+"""Takes the format that the model's files tell of, if any."""
+NONE = "none"
+"""No parser: all is content."""
+HARMONY = "gpt_oss"
+"""One format for both; reasoning and calls can't be told apart one without the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a model writes tool calls."""
+
+    stage: Callable[[Output, Collection[str]], Stage]
+    """Takes the output and the names of the tools."""
+    marks: tuple[str, ...]
+    """Texts that the parser must see even where they are special tokens."""
+    has_short_call_ids: bool = False
+    """Its template takes only ids of nine letters and digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """How a model writes reasoning."""
+
+    opening: str
+    closing: str
+    begins_inside: bool = False
+    """The model may leave the opening mark out."""
+
+
+TOOL_FORMATS = {
+    "hermes": ToolFormat(lambda output, _: HermesStage(output), (OPENING, CLOSING)),
+    "llama3_json": ToolFormat(Llama3JsonStage, (PYTHON_TAG,)),
+    "mistral": ToolFormat(
+        lambda output, _: MistralStage(output), (TOOL_CALLS, ARGS, CALL_ID), has_short_call_ids=True
+    ),
+}
+
+REASONING_FORMATS = {
+    "qwen3": ReasoningFormat("<think>", "</think>"),
+    "deepseek_r1": ReasoningFormat("<think>", "</think>", begins_inside=True),
+    "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+}
+
+TOOL_PARSERS = frozenset({AUTO, NONE, HARMONY, *TOOL_FORMATS})
+"""Names of tool parsers."""
+REASONING_PARSERS = frozenset({AUTO, NONE, HARMONY, *REASONING_FORMATS})
+"""Names of reasoning parsers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFormat:
+    """How a model writes. Names of formats above, none of them AUTO."""
+
+    tools: str = NONE
+    reasoning: str = NONE
+
+
+def detected(template: str, is_token: Callable[[str], bool]) -> ModelFormat:
+    """The formats that a model's chat template and tokenizer tell of without doubt.
+
+    `is_token` tells whether a text is one token of its own.
+    """
+    if all(map(is_token, HARMONY_MARKS)):
+        return ModelFormat(HARMONY, HARMONY)
+    return ModelFormat(_detected_tools(template, is_token), _detected_reasoning(template, is_token))
+
+
+def _detected_tools(template: str, is_token: Callable[[str], bool]) -> str:
+    if "tools" not in template:
+        return NONE
+    if is_token(TOOL_CALLS):
+        return "mistral"
+    # Other formats put XML, not JSON, between the same marks.
+    if OPENING in template and not any(xml in template for xml in ("<function=", "<arg_key>")):
+        return "hermes"
+    if is_token(PYTHON_TAG) and '"parameters"' in template:
+        return "llama3_json"
+    return NONE
+
+
+def _detected_reasoning(template: str, is_token: Callable[[str], bool]) -> str:
+    if is_token("[THINK]") and is_token("[/THINK]"):
+        return "mistral"
+    if "</think>" in template:
+        return "deepseek_r1" if "<｜Assistant｜>" in template else "qwen3"
+    return NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Parsing:
+    """How the answers to one request are to be read."""
+
+    format: ModelFormat
+    tool_names: frozenset[str] = frozenset()
+    """Tools that may be called; none turns their parser off."""
+    forced_name: str | None = None
+    """All answers are the arguments of this function."""
+    are_calls_required: bool = False
+    """All answers are arrays of calls."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Without it an answer's text is its content."""
+        return self._is_forced or self._tools != NONE or self.format.reasoning != NONE
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that the parser must see even where they are special tokens."""
+        if self._is_forced:
+            return ()
+        if HARMONY in (self._tools, self.format.reasoning):
+            return HARMONY_MARKS
+        marks: tuple[str, ...] = ()
+        if reasoning := REASONING_FORMATS.get(self.format.reasoning):
+            marks += (reasoning.opening, reasoning.closing)
+        if tools := TOOL_FORMATS.get(self._tools):
+            marks += tools.marks
+        return marks
+
+    @property
+    def has_short_call_ids(self) -> bool:
+        """Call ids must be nine letters and digits, or the model's template refuses them."""
+        tools = TOOL_FORMATS.get(self.format.tools)
+        return tools is not None and tools.has_short_call_ids
+
+    def parser(self, prompt_end: str) -> OutputParser:
+        """A parser for one answer to a prompt that ends so."""
+        output = Output()
+        if self.forced_name is not None:
+            return OutputParser(NamedCallStage(output, self.forced_name), output)
+        if self.are_calls_required:
+            return OutputParser(RequiredCallsStage(output), output)
+        if HARMONY in (self._tools, self.format.reasoning):
+            stage: Stage = HarmonyStage(output, offers_tools=self._tools == HARMONY)
+            return OutputParser(stage, output)
+        tools = TOOL_FORMATS.get(self._tools)
+        stage = tools.stage(output, self.tool_names) if tools else ContentStage(output)
+        if reasoning := REASONING_FORMATS.get(self.format.reasoning):
+            prompt_end = prompt_end.rstrip()
+            stage = ThinkStage(
+                output,
+                stage,
+                reasoning.opening,
+                reasoning.closing,
+                begins_inside=prompt_end.endswith(reasoning.opening)
+                or (reasoning.begins_inside and not prompt_end.endswith(reasoning.closing)),
+            )
+        return OutputParser(stage, output)
+
+    @property
+    def _is_forced(self) -> bool:
+        return self.forced_name is not None or self.are_calls_required
+
+    @property
+    def _tools(self) -> str:
+        return self.format.tools if self.tool_names else NONE

@@ -1,0 +1,68 @@
+"""What all parsers are made of: stages that take text in any pieces and write into one output."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from services.frontend.parsers.events import Event, Output
+
+
+class Stage(Protocol):
+    """Takes a text in pieces. What it makes of it never depends on where the pieces were cut."""
+
+    def feed(self, text: str) -> None:
+        """Takes more text."""
+
+    def finish(self) -> None:
+        """Lets out what is held back, since nothing follows."""
+
+
+class OutputParser:
+    """Turns what a model writes into events. The concatenation of the events of one kind is the
+    same however the text was cut, so streamed and whole answers agree.
+
+    No text is lost: what is not in the format, or not complete, comes out as content.
+    """
+
+    def __init__(self, stage: Stage, output: Output) -> None:
+        self._stage = stage
+        self._output = output
+
+    def feed(self, text: str) -> list[Event]:
+        """What is certain now."""
+        self._stage.feed(text)
+        return self._output.take()
+
+    def finish(self) -> list[Event]:
+        """The rest. Nothing may be fed any more."""
+        self._stage.finish()
+        self._output.finish()
+        return self._output.take()
+
+
+class ContentStage:
+    """For text without tool calls."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def feed(self, text: str) -> None:
+        self._output.content(text)
+
+    def finish(self) -> None:
+        pass
+
+
+def find_mark(text: str, *marks: str) -> tuple[int, str]:
+    """Where the first of the marks begins, and which it is.
+
+    When there is none the second is empty and the first is where the longest piece at the end
+    begins that may still become one.
+    """
+    found = [(at, mark) for mark in marks if (at := text.find(mark)) >= 0]
+    if found:
+        return min(found)
+    for begin in range(max(0, len(text) + 1 - max(map(len, marks))), len(text)):
+        if any(mark.startswith(text[begin:]) for mark in marks):
+            return begin, ""
+    return len(text), ""

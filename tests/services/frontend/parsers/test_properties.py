@@ -1,0 +1,211 @@
+"""What holds for every format, however a text is cut and whatever is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from services.frontend.parsers.formats import Parsing
+from tests.services.frontend.parsers.reading import (
+    TOOL_NAMES,
+    Answer,
+    parsing,
+    read,
+    read_by_character,
+)
+
+LOST = "☃"
+"""Put where it does not belong, to see whether it gets lost."""
+
+PARSINGS = {
+    "hermes": parsing("hermes"),
+    "hermes+qwen3": parsing("hermes", "qwen3"),
+    "hermes+deepseek_r1": parsing("hermes", "deepseek_r1"),
+    "llama3_json": parsing("llama3_json"),
+    "mistral": parsing("mistral"),
+    "mistral+mistral": parsing("mistral", "mistral"),
+    "gpt_oss": parsing("gpt_oss", "gpt_oss"),
+    "named": parsing(forced="get_weather"),
+    "required": parsing(required=True),
+}
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    st.sampled_from(['{"a": [}', "</tool_call>", 'quo"te\\', "日本 🎉", "</think>", "; {"]),
+)
+arguments = st.dictionaries(
+    st.text("ab{}\"'é", min_size=1, max_size=4),
+    st.recursive(scalars, lambda inner: st.lists(inner, max_size=2), max_leaves=4),
+    max_size=3,
+)
+words = st.text("abc é🎉.{}[]\"'\n", max_size=12)
+
+
+@dataclass
+class Meant:
+    """An answer that a model means to give."""
+
+    reasoning: str
+    content: str
+    calls: list[tuple[str, dict[str, object]]]
+
+
+@st.composite
+def meant(draw: st.DrawFn) -> Meant:
+    names = st.sampled_from(sorted(TOOL_NAMES))
+    return Meant(
+        reasoning=draw(words).strip(),
+        content=draw(words).strip(),
+        calls=draw(st.lists(st.tuples(names, arguments), max_size=3)),
+    )
+
+
+def as_json(value: object, indent: int | None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def written(format_name: str, answer: Meant, indent: int | None) -> str:
+    """The answer as a model of that format writes it."""
+    calls = [(name, as_json(given, indent)) for name, given in answer.calls]
+    match format_name:
+        case "hermes" | "hermes+qwen3" | "hermes+deepseek_r1":
+            think = {
+                "hermes": "",
+                "hermes+qwen3": f"<think>\n{answer.reasoning}\n</think>\n\n",
+                "hermes+deepseek_r1": f"{answer.reasoning}\n</think>\n\n",
+            }[format_name]
+            return think + "\n".join(
+                [
+                    answer.content,
+                    *(
+                        f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>'
+                        for name, given in calls
+                    ),
+                ]
+            )
+        case "llama3_json":
+            if not calls:
+                return answer.content
+            return "; ".join(
+                f'{{"name": "{name}", "parameters": {given}}}' for name, given in calls
+            )
+        case "mistral+mistral":
+            text = f"[THINK]{answer.reasoning}[/THINK]{answer.content}"
+            return text + "".join(f"[TOOL_CALLS]{name}[ARGS]{given}" for name, given in calls)
+        case "mistral":
+            listed = ", ".join(
+                f'{{"name": "{name}", "arguments": {given}}}' for name, given in calls
+            )
+            return answer.content + (f"[TOOL_CALLS][{listed}]" if calls else "")
+        case "gpt_oss":
+            messages = [f"<|channel|>analysis<|message|>{answer.reasoning}"]
+            messages += [
+                f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{given}"
+                for name, given in calls
+            ]
+            messages.append(f"<|channel|>final<|message|>{answer.content}<|return|>")
+            return "<|end|><|start|>assistant".join(messages)
+        case "named":
+            return calls[0][1] if calls else answer.content
+        case "required":
+            listed = ", ".join(
+                f'{{"name": "{name}", "parameters": {given}}}' for name, given in calls
+            )
+            return f"[{listed}]" if calls else answer.content
+        case _:
+            raise AssertionError(format_name)
+
+
+formats = st.sampled_from(sorted(PARSINGS))
+cuts = st.lists(st.integers(0, 1000), max_size=12)
+indents = st.sampled_from([None, 2])
+
+
+@settings(max_examples=400)
+@given(formats, meant(), indents, cuts)
+def test_what_a_model_means_arrives_however_it_is_cut(
+    format_name: str, answer: Meant, indent: int | None, where: list[int]
+) -> None:
+    assume(answer.calls or format_name not in ("named", "required"))
+    text = written(format_name, answer, indent)
+    found = read(PARSINGS[format_name], text, where)
+    calls = [(name, json.loads(given)) for name, given in found.calls]
+    if format_name == "named":
+        assert calls == [("get_weather", given) for _, given in answer.calls[:1]]
+    else:
+        assert calls == answer.calls
+    # Some formats have no place for reasoning, or for content beside calls.
+    if "+" in format_name or format_name == "gpt_oss":
+        assert found.reasoning.strip() == answer.reasoning
+    if not answer.calls or format_name not in ("llama3_json", "named", "required"):
+        assert found.content.strip() == answer.content
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> tuple[str, str]:
+    """A format and a transcript of it in which something is wrong."""
+    format_name = draw(formats)
+    text = written(format_name, draw(meant()), draw(indents))
+    for _ in range(draw(st.integers(0, 4))):
+        begin = draw(st.integers(0, len(text)))
+        match draw(st.sampled_from(["cut", "drop", "double", "insert", "end"])):
+            case "cut":
+                text = text[begin:]
+            case "end":
+                text = text[:begin]
+            case "drop":
+                text = text[:begin] + text[begin + draw(st.integers(1, 6)) :]
+            case "double":
+                end = min(len(text), begin + draw(st.integers(1, 40)))
+                text = text[:end] + text[begin:]
+            case "insert":
+                mark = draw(st.sampled_from(MARKS))
+                text = text[:begin] + mark + text[begin:]
+    return format_name, text
+
+
+MARKS = [
+    "<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[THINK]",
+    "[/THINK]", "<|python_tag|>", "<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>",
+    '{"name": "get_weather", "arguments": ', "{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ",
+]  # fmt: skip
+
+
+@settings(max_examples=1500)
+@given(spoilt(), cuts, st.sampled_from(["", "<think>\n"]))
+def test_streamed_and_whole_answers_agree_whatever_is_wrong(
+    transcript: tuple[str, str], where: list[int], prompt_end: str
+) -> None:
+    format_name, text = transcript
+    how = PARSINGS[format_name]
+    whole = read(how, text, (), prompt_end)
+    assert read(how, text, where, prompt_end) == whole
+    assert read_by_character(how, text, prompt_end) == whole
+
+
+@settings(max_examples=1500)
+@given(spoilt(), st.integers(0, 1000), cuts)
+def test_no_text_is_lost_whatever_is_wrong(
+    transcript: tuple[str, str], at: int, where: list[int]
+) -> None:
+    format_name, text = transcript
+    at %= len(text) + 1
+    text = text[:at] + LOST + text[at:]
+    assert LOST in read(PARSINGS[format_name], text, where).text
+
+
+@pytest.mark.parametrize("how", PARSINGS.values(), ids=PARSINGS)
+@pytest.mark.parametrize("text", ["", " \n", "Just text.", "Two\n\nlines {x}", "`code` [1]"])
+def test_an_answer_without_marks_is_content_as_it_is(how: Parsing, text: str) -> None:
+    reads_all_as_reasoning = how.format.reasoning == "deepseek_r1"
+    answer = read_by_character(how, text)
+    if not reads_all_as_reasoning:
+        assert answer == Answer(content=text)
+    assert answer.text.strip() == text.strip()
