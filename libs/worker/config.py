@@ -25,6 +25,13 @@ class WorkerSettings(KvEventSettings):
     model_aliases: list[str] = Field(default_factory=list)
     """Other names for it."""
 
+    tool_parser: str = Field(default="auto", pattern=r"^[a-z0-9_]{1,32}$")
+    """How the model writes tool calls, of docs/formats.md; auto goes by its template and tokenizer,
+    none turns tools off."""
+
+    reasoning_parser: str = Field(default="auto", pattern=r"^[a-z0-9_]{1,32}$")
+    """How the model writes reasoning, in the same way; with none it is part of the text."""
+
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of weights and KV; auto takes the model's own."""
 

@@ -176,4 +176,6 @@ def _card(
         files_checksum=model_files.checksum(files),
         publishes_kv_events=settings.kv_events and info.publishes_kv_events,
         created_unix_seconds=int(time.time()),
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
     )

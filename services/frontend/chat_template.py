@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -22,15 +22,23 @@ from libs.common.errors import InvalidRequest
 class Chat:
     """A conversation for the assistant to continue."""
 
-    messages: Sequence[dict[str, str]]
+    messages: Sequence[dict[str, Any]]
     """Each has `role`, `content`, and what else the caller gave, such as `name`."""
     begins_answer: bool = True
     """Whether the prompt ends with what opens the assistant's answer."""
+    tools: Sequence[dict[str, Any]] = ()
+    """JSON schemas of the functions that the assistant may call."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What else the template is told, such as `enable_thinking`."""
 
     @property
     def characters(self) -> int:
-        """Of all contents together."""
-        return sum(len(message["content"]) for message in self.messages)
+        """About how much text it is."""
+        characters = sum(len(message["content"]) for message in self.messages)
+        for message in self.messages:
+            if calls := message.get("tool_calls"):
+                characters += len(str(calls))
+        return characters + (len(str(self.tools)) if self.tools else 0)
 
 
 # What templates raise on messages they were not written for, besides their own raise_exception.
@@ -47,9 +55,19 @@ _TEMPLATE_ERRORS = (
 class ChatTemplate:
     """Turns messages into the prompt text that the model was trained on."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
+        """`tool_source` is used when there are tools, by models that have a template for that."""
         self._source = source
+        self._tool_source = tool_source or source
         self._special_tokens = dict(special_tokens)
+
+    @property
+    def source(self) -> str:
+        """All there is of it, for telling what the model can do."""
+        same = self._tool_source == self._source
+        return self._source if same else self._source + self._tool_source
 
     def render(self, chat: Chat) -> str:
         """The prompt text.
@@ -60,9 +78,10 @@ class ChatTemplate:
         try:
             [prompt], _ = render(
                 conversations=[list(chat.messages)],
-                chat_template=self._source,
+                tools=list(chat.tools) or None,
+                chat_template=self._tool_source if chat.tools else self._source,
                 add_generation_prompt=chat.begins_answer,
-                **self._special_tokens,
+                **{**chat.variables, **self._special_tokens},
             )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest(
@@ -77,11 +96,12 @@ def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
     It is in chat_template.jinja, or in tokenizer_config.json: a text, or a list of named ones.
     """
     config: dict[str, Any] = orjson.loads(files.get("tokenizer_config.json", b"{}"))
-    source = config.get("chat_template")
+    source, tool_source = config.get("chat_template"), None
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = {entry["name"]: entry["template"] for entry in source}
+        source, tool_source = named.get("default"), named.get("tool_use")
     if "chat_template.jinja" in files:
-        source = files["chat_template.jinja"].decode()
+        source, tool_source = files["chat_template.jinja"].decode(), None
     if not source:
         return None
     special_tokens = {}
@@ -90,4 +110,4 @@ def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             special_tokens[name] = text
-    return ChatTemplate(source, special_tokens)
+    return ChatTemplate(source, special_tokens, tool_source)

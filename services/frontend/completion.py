@@ -46,6 +46,8 @@ class TextRequest:
     includes_stop: bool = False
     """Whether the text ends with the stop string, or the stop token's text, that ended it."""
     keeps_special_tokens: bool = False
+    marks: Sequence[str] = ()
+    """Special tokens that have a text."""
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
     logprobs: generation_pb2.LogprobOptions | None = None
     cache_salt: str = ""
@@ -90,7 +92,7 @@ class Completion:
             policy=policy,
         )
         self._detokenizer = request.model.tokenizer.detokenizer(
-            request.prompt, keeps_special_tokens=request.keeps_special_tokens
+            request.prompt, keeps_special_tokens=request.keeps_special_tokens, marks=request.marks
         )
         self._matcher = (
             StopMatcher(request.stop_strings, keeps_stop=request.includes_stop)

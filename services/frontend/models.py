@@ -13,6 +13,7 @@ from libs.common.errors import ModelNotFound, NoLiveInstance
 from libs.common.tasks import background
 from services.frontend.core.model_table import KnownModel, known_models
 from services.frontend.model_files import ModelFileStore
+from services.frontend.parsers.formats import ModelFormat, chosen
 from services.frontend.tokenizer import ModelTokenizer
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -31,6 +32,13 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.facts.name
+
+    @property
+    def format(self) -> ModelFormat:
+        """How it writes reasoning and tool calls: as its worker says, or as its files tell."""
+        return chosen(
+            self.facts.tool_parser, self.facts.reasoning_parser, self.tokenizer.detected_format
+        )
 
 
 class Models:

@@ -63,6 +63,8 @@ class GenerationOptions:
     stop_strings: Sequence[str] = ()
     includes_stop: bool = False
     keeps_special_tokens: bool = False
+    marks: Sequence[str] = ()
+    """Special tokens that have a text, for what reads the answer."""
     sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
     logprobs: generation_pb2.LogprobOptions | None = None
     cache_salt: str = ""
@@ -258,6 +260,7 @@ class Pipeline:
             stop_strings=options.stop_strings,
             includes_stop=options.includes_stop,
             keeps_special_tokens=options.keeps_special_tokens,
+            marks=options.marks,
             sampling=options.sampling,
             logprobs=options.logprobs,
             cache_salt=caller.cache_salt(options.cache_salt),

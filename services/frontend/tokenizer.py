@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 
 import orjson
@@ -12,9 +12,13 @@ from tokenizers.decoders import DecodeStream
 
 from libs.common.errors import InvalidRequest
 from services.frontend.chat_template import Chat, chat_template_of
+from services.frontend.parsers.formats import detected
 
 _PROMPT_TAIL_TOKENS = 8
 """Prompt tokens that the text of the first output token may depend on, such as for its space."""
+
+_PROMPT_END_TOKENS = 32
+"""Prompt tokens among which a mark at its end is found."""
 
 _MOST_SILENT_TOKENS = 16
 """A character has at most 4 bytes, so more tokens than this without text are not half of one."""
@@ -52,6 +56,11 @@ class ModelTokenizer:
         self._token_bytes: dict[int, bytes] = {}
         """As far as they were asked for."""
         self._bytes_of_letters = byte_letters()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: at for at, token in added.items() if token.special}
+        self._template_source = self._chat_template.source if self._chat_template else ""
+        self.detected_format = detected(self._template_source, self._is_token)
+        """How the model writes reasoning and tool calls, as far as its files tell."""
 
     def encode(self, text: str, *, adds_special_tokens: bool = True) -> list[int]:
         """Tokens of a plain prompt, by default with the special tokens that the model wants around
@@ -93,12 +102,6 @@ class ModelTokenizer:
         """What the vocabulary calls each token. Not text: a space may be a letter of its own."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def detokenizer(
-        self, prompt: Sequence[int], *, keeps_special_tokens: bool = False
-    ) -> Detokenizer:
-        """Text of what follows the prompt."""
-        return Detokenizer(self._tokenizer, prompt, keeps_special_tokens=keeps_special_tokens)
-
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for within a text; they need not be whole characters."""
         found = self._token_bytes.get(token_id)
@@ -125,6 +128,35 @@ class ModelTokenizer:
     def _neighbour(self) -> int:
         token_ids = self._encode("a", add_special_tokens=False)
         return token_ids[-1] if token_ids else 0
+
+    def template_has(self, *variables: str) -> bool:
+        """Whether the chat template mentions one of these variables."""
+        return any(variable in self._template_source for variable in variables)
+
+    def end_of(self, prompt: Sequence[int]) -> str:
+        """The text that a prompt ends with, special tokens included; long enough for a mark."""
+        text: str = self._tokenizer.decode(
+            list(prompt[-_PROMPT_END_TOKENS:]), skip_special_tokens=False
+        )
+        return text
+
+    def detokenizer(
+        self,
+        prompt: Sequence[int],
+        *,
+        keeps_special_tokens: bool = False,
+        marks: Sequence[str] = (),
+    ) -> Detokenizer:
+        """Text of what follows the prompt. Of special tokens only `marks` have one, unless all are
+        kept."""
+        shown = self._special_ids.keys() & set(marks)
+        if keeps_special_tokens or not shown:
+            return Detokenizer(self._tokenizer, prompt, keeps_special_tokens=keeps_special_tokens)
+        dropped = {at for text, at in self._special_ids.items() if text not in shown}
+        return _MarkDetokenizer(self._tokenizer, prompt, dropped)
+
+    def _is_token(self, text: str) -> bool:
+        return self._tokenizer.token_to_id(text) is not None
 
 
 class Detokenizer:
@@ -169,3 +201,14 @@ class Detokenizer:
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         text: str = self._tokenizer.decode(self._silent, skip_special_tokens=self._skips)
         return text
+
+
+class _MarkDetokenizer(Detokenizer):
+    """Keeps the special tokens that mark what an answer is made of, and drops the others."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], dropped: Set[int]) -> None:
+        super().__init__(tokenizer, prompt, keeps_special_tokens=True)
+        self._dropped = dropped
+
+    def add(self, token_id: int) -> str:
+        return "" if token_id in self._dropped else super().add(token_id)

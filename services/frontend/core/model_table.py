@@ -23,6 +23,9 @@ class KnownModel:
     kv_block_size_tokens: int = 0
     files_checksum: str = ""
     created_unix_seconds: int = 0
+    tool_parser: str = ""
+    reasoning_parser: str = ""
+    """Names of the formats that it writes in; empty for what its files tell."""
     instance_ids: tuple[int, ...] = ()
     """Workers that have the files."""
 
@@ -57,6 +60,8 @@ def _known(name: str, cards: list[discovery_pb2.ModelCard]) -> KnownModel:
         kv_block_size_tokens=leader.kv_block_size_tokens,
         files_checksum=leader.files_checksum,
         created_unix_seconds=leader.created_unix_seconds,
+        tool_parser=leader.tool_parser,
+        reasoning_parser=leader.reasoning_parser,
         instance_ids=tuple(
             card.instance_id for card in cards if card.files_checksum == leader.files_checksum
         ),

@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from libs.common.errors import SwitchgearError
 from services.frontend.access import Caller
-from services.frontend.chat_template import Chat
 from services.frontend.core.model_table import KnownModel
 from services.frontend.openai.body import BodyReader
 from services.frontend.openai.errors import (
@@ -61,11 +60,10 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
     async def chat_completions(request: Request) -> Response:
         body = parse(ChatBody, await bodies.json_of(request))
         _check_number("n", body.n, pipeline.settings.max_choices)
-        chat = Chat([message.for_template() for message in body.messages])
         return GenerationResponse(
             pipeline,
             body,
-            [chat],
+            [body.chat()],
             ChatFormat,
             traceparent=_traceparent(request),
             routing=routing_options(request.scope["headers"]),

@@ -97,7 +97,7 @@ class Format(ABC):
 
     def last_chunk(self, completion: Completion) -> bytes:
         """The event after the last text."""
-        return self._chunk(self._last_part(), _FINISH_REASONS[completion.finish_reason])
+        return self._chunk(self._last_part(), self._finish_reason(completion))
 
     def whole(
         self, text: str, logprobs: Sequence[TokenLogprobs] | None, completion: Completion
@@ -107,8 +107,11 @@ class Format(ABC):
             "index": self._index,
             **self._whole(text),
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": _FINISH_REASONS[completion.finish_reason],
+            "finish_reason": self._finish_reason(completion),
         }
+
+    def _finish_reason(self, completion: Completion) -> str:
+        return _FINISH_REASONS[completion.finish_reason]
 
     def _chunk(
         self,

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from services.frontend.openai.formats import (
     whole_answer,
 )
 from services.frontend.openai.keep_alive import COMMENT, KeepAlive
+from services.frontend.openai.parsed_chat import ParsedChatFormat
 from services.frontend.openai.schema import ChatBody, CompletionBody
 from services.frontend.pipeline import Pipeline, Prompt, new_request_id, time_limit
 from switchgear.common.v1 import routing_pb2
@@ -101,6 +103,7 @@ class GenerationResponse(Response):
             async with time_limit(deadline):
                 exchange_of(scope).model = pipeline.models.canonical_name(body.model)
                 model = pipeline.model_for(caller, body.model)
+                parsing = body.parsing(model) if isinstance(body, ChatBody) else None
                 completions: list[Completion] = []
                 usage = partial(usage_of, completions, body.n)
                 answer = Answer(
@@ -121,11 +124,14 @@ class GenerationResponse(Response):
                         )
                     for number in range(body.n):
                         index = len(choices)
+                        options = body.options(number)
+                        if parsing is not None and parsing.marks:
+                            options = replace(options, marks=parsing.marks)
                         completion = pipeline.start(
                             f"{self._answer_id}-{index}" if index else self._answer_id,
                             model,
                             token_ids,
-                            body.options(number),
+                            options,
                             caller=caller,
                             traceparent=self._traceparent,
                             routing=self._routing,
@@ -134,10 +140,16 @@ class GenerationResponse(Response):
                         )
                         completions_running.enter_context(running(completion, pipeline.metrics))
                         completions.append(completion)
+                        shape: Format
+                        if isinstance(body, ChatBody) and parsing is not None and parsing.is_needed:
+                            parsed = body.choice_of(parsing, completion)
+                            shape = ParsedChatFormat(parsed, answer, index)
+                        else:
+                            shape = self._format_class(answer, index)
                         choices.append(
                             Choice(
                                 completion,
-                                self._format_class(answer, index),
+                                shape,
                                 echoed=echoed,
                                 has_logprobs=body.logprob_options is not None,
                             )

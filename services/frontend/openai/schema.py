@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from services.frontend.openai.constraints import ConstrainedBody
 from services.frontend.openai.errors import ApiError
-from services.frontend.openai.strict import Strict as _Strict
+from services.frontend.openai.strict import Strict
+from services.frontend.openai.tools import ToolBody
 from services.frontend.pipeline import GenerationOptions
 from switchgear.common.v1 import generation_pb2
 
@@ -32,7 +34,6 @@ MAX_SALT_CHARACTERS = 256
 
 _IGNORED = frozenset(
     {
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -46,11 +47,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -61,28 +59,11 @@ _NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 
 def _stop_strings(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _text_content(value: object) -> object:
-    """A text, or parts of type text, which become its paragraphs."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case {"type": str(kind)}:
-                raise ValueError(f"content of type '{kind}' is not supported by this model")
-            case _:
-                raise ValueError("content must be a string or a list of parts with a type")
-    return "\n".join(texts)
 
 
 def _prompts(value: object) -> object:
@@ -118,7 +99,7 @@ def _biases(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     """vLLM's extension: with include_usage, every chunk has the usage so far."""
@@ -238,24 +219,9 @@ class GenerationBody(ConstrainedBody):
 _MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text_content)]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As templates know it: they call a developer's message a system message."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": self.content}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
-
-
-class ChatBody(GenerationBody):
+class ChatBody(ToolBody, GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: _MaxTokens | None = None
     max_completion_tokens: _MaxTokens | None = None
     logprobs: bool = False
@@ -266,6 +232,14 @@ class ChatBody(GenerationBody):
         if not self.logprobs:
             return None
         return generation_pb2.LogprobOptions(output_alternatives=self.top_logprobs or 0)
+
+    def constraints(self) -> dict[str, generation_pb2.OutputConstraint]:
+        found = super().constraints()
+        if (schema := self.forced_schema()) is not None:
+            found["tool_choice"] = generation_pb2.OutputConstraint(
+                json_schema=orjson.dumps(schema).decode()
+            )
+        return found
 
     def options(self, choice: int = 0) -> GenerationOptions:
         """Of one of the n choices."""
@@ -310,6 +284,8 @@ BodyT = TypeVar("BodyT", bound=GenerationBody)
 def parse(body: type[BodyT], fields: object) -> BodyT:
     """The checked body of a request to generate. Raises ApiError, naming the field."""
     parsed = checked(body, fields)
+    if isinstance(parsed, ChatBody):
+        parsed.check_tools()
     _check_together(parsed)
     return parsed
 
@@ -394,6 +370,11 @@ def _api_error(issue: ErrorDetails) -> ApiError:
         case "extra_forbidden":
             message = f"Unrecognized request argument supplied: {param}"
             code = "unknown_parameter"
+        case "in_message":
+            param = f"{param}.{issue['ctx']['field']}"
+            message, code = f"{param} {issue['ctx']['what']}", "invalid_value"
+            if issue["ctx"]["what"] == "is missing":
+                code = "missing_required_parameter"
         case "value_error":
             message, code = f"{param}: {issue['ctx']['error']}", "invalid_value"
         case _:

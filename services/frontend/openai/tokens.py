@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from services.frontend.access import Caller
 from services.frontend.chat_template import Chat
 from services.frontend.openai.errors import ApiError
-from services.frontend.openai.schema import ChatMessage
+from services.frontend.openai.messages import ChatMessage, for_template
 from services.frontend.pipeline import Pipeline, Prompt
 
 
@@ -44,8 +44,7 @@ class TokenizeBody(_TokensBody):
             )
         if self.messages is None:
             return self.prompt or ""
-        messages = [message.for_template() for message in self.messages]
-        return Chat(messages, begins_answer=self.add_generation_prompt)
+        return Chat(for_template(self.messages), begins_answer=self.add_generation_prompt)
 
 
 class DetokenizeBody(_TokensBody):

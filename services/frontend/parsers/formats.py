@@ -73,6 +73,19 @@ class ModelFormat:
     reasoning: str = NONE
 
 
+def chosen(tools: str, reasoning: str, found: ModelFormat) -> ModelFormat:
+    """The formats of these names. AUTO, and no name, stand for what was detected; a name that is
+    not known here stands for none."""
+    tools = found.tools if tools in ("", AUTO) else tools
+    reasoning = found.reasoning if reasoning in ("", AUTO) else reasoning
+    if HARMONY in (tools, reasoning):
+        return ModelFormat(HARMONY, HARMONY)
+    return ModelFormat(
+        tools if tools in TOOL_FORMATS else NONE,
+        reasoning if reasoning in REASONING_FORMATS else NONE,
+    )
+
+
 def detected(template: str, is_token: Callable[[str], bool]) -> ModelFormat:
     """The formats that a model's chat template and tokenizer tell of without doubt.
 
