@@ -46,6 +46,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
@@ -57,8 +61,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": [USER | {"mood": "x"}]}, "messages[0].mood", "unknown_parameter"),
         (
             {"messages": [USER, USER | {"tool_calls": [{}]}]},
-            "messages[1].tool_calls",
-            "unsupported_parameter",
+            "messages[1].tool_calls[0].id",
+            "missing_required_parameter",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -127,7 +131,33 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
             "guided_regex",
             "invalid_value",
         ),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "invalid_value"),
+        ({"messages": [USER | {"reasoning": "x"}]}, "messages[0].reasoning", "invalid_value"),
+        ({"messages": [USER | {"tool_call_id": "x"}]}, "messages[0].tool_call_id", "invalid_value"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages[0].tool_call_id",
+            "missing_required_parameter",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type", "invalid_value"),
+        ({"tools": [TOOL]}, "tools", "invalid_value"),
+        ({"tools": [TOOL] * 129}, "tools", "invalid_value"),
+        ({"tool_choice": "often"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "invalid_value",
+        ),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "invalid_value"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+        (
+            {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs.messages",
+            "invalid_value",
+        ),
         ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
         ({"max_tokens": CONTEXT_TOKENS}, "max_tokens", "context_length_exceeded"),
         (
@@ -175,6 +205,14 @@ async def test_a_bad_completions_request_is_refused_by_name(
     response = await running.complete(**fields)
     assert response.status_code == 400, response.text
     assert error_of(response)["param"] == param
+
+
+async def test_an_image_is_refused_by_its_place(running: Frontend) -> None:
+    parts = [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    response = await running.chat(messages=[USER, {"role": "user", "content": parts}])
+    error = error_of(response)
+    assert error["param"] == "messages[1].content"
+    assert "part 1 is of type 'image_url'" in error["message"]
 
 
 async def test_neutral_values_of_what_is_not_offered_are_fine(running: Frontend) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from libs.common.errors import InvalidRequest
 from services.frontend.chat_template import Chat
@@ -118,6 +119,42 @@ def test_the_template_can_be_a_file_or_a_list_of_named_ones() -> None:
     assert ModelTokenizer(listed).encode_chat(hi) == tokens("D")
     in_file = listed | {"chat_template.jinja": b"F"}
     assert ModelTokenizer(in_file).encode_chat(hi) == tokens("F")
+
+
+def test_a_template_for_tools_is_used_when_there_are_tools() -> None:
+    named = (
+        '[{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T{{ tools }}"}]'
+    )
+    tokenizer = ModelTokenizer(
+        FILES | {"tokenizer_config.json": b'{"chat_template": %b}' % named.encode()}
+    )
+    hi = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.encode_chat(Chat(hi)) == tokens("D")
+    assert tokenizer.encode_chat(Chat(hi, tools=[{"a": 1}])) == tokens("T[{'a': 1}]")
+    assert tokenizer.template_has("tools")
+
+
+def test_variables_can_not_replace_special_tokens() -> None:
+    tokenizer = ModelTokenizer(files("{{ bos_token }}{{ mood }}"))
+    chat = Chat([], variables={"bos_token": "x", "mood": "y"})
+    assert tokenizer.encode_chat(chat) == TOKENIZER.encode("<|bos|>y")
+
+
+def test_a_template_that_writes_the_start_token_has_it_once() -> None:
+    tokenizer = Tokenizer.from_buffer(FILES["tokenizer.json"])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokens("<|bos|>")[0])]
+    )
+    adding = ModelTokenizer(FILES | {"tokenizer.json": tokenizer.to_str().encode()})
+    hi = Chat([{"role": "user", "content": "Hi"}])
+    assert adding.encode("a") == tokens("<|bos|>a")
+    assert adding.encode_chat(hi) == TOKENIZER.encode_chat(hi)
+
+
+def test_of_special_tokens_only_marks_have_a_text() -> None:
+    text = "<|im_start|>a<|im_end|>b<|bos|>"
+    detokenizer = TOKENIZER.detokenizer(tokens("x"), marks=["<|im_start|>", "no token"])
+    assert "".join(map(detokenizer.add, tokens(text))) == "<|im_start|>ab"
 
 
 def test_unusable_files_are_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from services.frontend.parsers.formats import Parsing
+from services.frontend.parsers.formats import NONE, Parsing
 from tests.services.frontend.parsers.reading import (
     TOOL_NAMES,
     Answer,
@@ -128,7 +128,7 @@ cuts = st.lists(st.integers(0, 1000), max_size=12)
 indents = st.sampled_from([None, 2])
 
 
-@settings(max_examples=400)
+@settings(max_examples=200, deadline=None)
 @given(formats, meant(), indents, cuts)
 def test_what_a_model_means_arrives_however_it_is_cut(
     format_name: str, answer: Meant, indent: int | None, where: list[int]
@@ -174,11 +174,12 @@ def spoilt(draw: st.DrawFn) -> tuple[str, str]:
 MARKS = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[THINK]",
     "[/THINK]", "<|python_tag|>", "<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>",
-    '{"name": "get_weather", "arguments": ', "{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ",
+    '{"name": "get_weather", "arguments": ', '{"type": 1, ', '"arguments": 5, ',
+    "{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ",
 ]  # fmt: skip
 
 
-@settings(max_examples=1500)
+@settings(max_examples=300, deadline=None)
 @given(spoilt(), cuts, st.sampled_from(["", "<think>\n"]))
 def test_streamed_and_whole_answers_agree_whatever_is_wrong(
     transcript: tuple[str, str], where: list[int], prompt_end: str
@@ -190,7 +191,7 @@ def test_streamed_and_whole_answers_agree_whatever_is_wrong(
     assert read_by_character(how, text, prompt_end) == whole
 
 
-@settings(max_examples=1500)
+@settings(max_examples=300, deadline=None)
 @given(spoilt(), st.integers(0, 1000), cuts)
 def test_no_text_is_lost_whatever_is_wrong(
     transcript: tuple[str, str], at: int, where: list[int]
@@ -199,6 +200,17 @@ def test_no_text_is_lost_whatever_is_wrong(
     at %= len(text) + 1
     text = text[:at] + LOST + text[at:]
     assert LOST in read(PARSINGS[format_name], text, where).text
+
+
+@settings(max_examples=300, deadline=None)
+@given(spoilt(), cuts)
+def test_without_a_call_the_content_is_the_text(
+    transcript: tuple[str, str], where: list[int]
+) -> None:
+    format_name, text = transcript
+    assume(PARSINGS[format_name].format.reasoning == NONE)
+    answer = read(PARSINGS[format_name], text, where)
+    assert answer.calls or answer.content == text
 
 
 @pytest.mark.parametrize("how", PARSINGS.values(), ids=PARSINGS)
