@@ -6,6 +6,9 @@ from typing import Protocol
 
 from services.frontend.parsers.events import Event, Output
 
+_PIECE_CHARACTERS = 512
+"""Stages copy what they hold at each step, so it stays short."""
+
 
 class Stage(Protocol):
     """Takes a text in pieces. What it makes of it never depends on where the pieces were cut."""
@@ -30,7 +33,8 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """What is certain now."""
-        self._stage.feed(text)
+        for begin in range(0, len(text), _PIECE_CHARACTERS):
+            self._stage.feed(text[begin : begin + _PIECE_CHARACTERS])
         return self._output.take()
 
     def finish(self) -> list[Event]:
@@ -62,7 +66,14 @@ def find_mark(text: str, *marks: str) -> tuple[int, str]:
     found = [(at, mark) for mark in marks if (at := text.find(mark)) >= 0]
     if found:
         return min(found)
-    for begin in range(max(0, len(text) + 1 - max(map(len, marks))), len(text)):
-        if any(mark.startswith(text[begin:]) for mark in marks):
-            return begin, ""
-    return len(text), ""
+    return min(_partial_mark(text, mark) for mark in marks), ""
+
+
+def _partial_mark(text: str, mark: str) -> int:
+    """Where the longest piece at the end begins that may still become the mark."""
+    at = text.find(mark[0], max(0, len(text) + 1 - len(mark)))
+    while at >= 0:
+        if mark.startswith(text[at:]):
+            return at
+        at = text.find(mark[0], at + 1)
+    return len(text)
