@@ -288,16 +288,22 @@ async def test_what_the_template_does_not_know_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
+    ("choice", "answer"),
+    [
+        ("required", '[{"name": "get_weather", "parameters": {"city": "Paris"}}]'),
+        ({"type": "function", "function": {"name": "get_weather"}}, '{"city": "Paris"}'),
+    ],
 )
-async def test_forced_calls_are_refused_until_output_can_be_constrained(
-    tmp_path: Path, choice: object
+async def test_a_forced_call_constrains_the_output_to_what_is_then_read(
+    tmp_path: Path, choice: object, answer: str
 ) -> None:
-    async with serving(tmp_path, "Hi") as model:
-        response = await model.started.chat(tools=[WEATHER], tool_choice=choice)
-        assert response.status_code == 400
-        error = response.json()["error"]
-        assert (error["param"], error["code"]) == ("tool_choice", "unsupported_parameter")
+    async with serving(tmp_path, answer) as model:
+        given = await model.chat(tool_choice=choice)
+        [call] = given["message"]["tool_calls"]
+        assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+        constraint = model.router.calls[-1].generation.sampling.constraint
+        assert jsonschema_rs.is_valid(json.loads(constraint.json_schema), json.loads(answer))
+        assert not jsonschema_rs.is_valid(json.loads(constraint.json_schema), "Paris")
 
 
 async def test_the_openai_client_gets_the_same_calls_whole_and_streamed(tmp_path: Path) -> None:

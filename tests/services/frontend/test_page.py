@@ -46,7 +46,7 @@ async def test_the_page_has_every_endpoint_and_no_loose_end(tmp_path: Path) -> N
     [
         ("ChatBody", {"model": NAME, "messages": [USER]}, True),
         ("ChatBody", {"model": NAME, "messages": [USER], "stop": "a", "n": 1}, True),
-        ("ChatBody", {"model": NAME, "messages": [USER], "top_p": None, "user": 5}, True),
+        ("ChatBody", {"model": NAME, "messages": [USER], "top_p": None, "user": "u"}, True),
         ("ChatBody", {"model": NAME, "messages": []}, False),
         ("ChatBody", {"model": NAME, "messages": [USER], "tempreature": 1}, False),
         ("ChatBody", {"model": NAME, "messages": [USER], "temperature": 3}, False),
