@@ -57,10 +57,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
         def command(request: worker_pb2.SessionRequest) -> None:
             session.command(request.sequence_number, request.consumed_responses)
-            if request.cancels:
-                self._host.cancel(session, request.cancels)
             if request.submits:
                 self._host.submit(session, request.submits)
+            # After them: a request may be cancelled in the message that brings it.
+            if request.cancels:
+                self._host.cancel(session, request.cancels)
 
         try:
             command(first)

@@ -152,9 +152,10 @@ class Relay:
         """Takes one message in. Raises ProtocolViolation."""
         self._credit.consumed(request.consumed_responses)
         self._wake()
-        self.cancel(request.cancels)
         if request.submits:
             self.submit(request.submits)
+        # After them: a request may be cancelled in the message that brings it.
+        self.cancel(request.cancels)
 
     def submit(self, submits: Iterable[router_pb2.Submit]) -> None:
         """Starts requests. Raises ProtocolViolation for a handle in use."""
