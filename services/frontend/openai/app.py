@@ -82,7 +82,8 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
             routing=routing_options(request.scope["headers"]),
         )
 
-    app.router.routes += [
+    # First, since routes are tried in order.
+    app.router.routes[:0] = [
         Route("/v1/chat/completions", _Endpoint(chat_completions), methods=["POST"]),
         Route("/v1/completions", _Endpoint(completions), methods=["POST"]),
     ]

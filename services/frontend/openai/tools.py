@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf
-from pydantic.dataclasses import dataclass
 
 from services.frontend.chat_template import Chat
 from services.frontend.completion import Completion
@@ -49,13 +49,17 @@ class _Tool(Strict):
     function: _Function
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ToolChoice:
     """Whether tools are called, and which."""
 
     mode: Literal["auto", "none", "required", "named"]
     name: str = ""
     """The function to be called, when it is named."""
+
+
+_AUTO = ToolChoice("auto")
+_NONE = ToolChoice("none")
 
 
 def _tool_choice(value: object) -> object:
@@ -92,7 +96,7 @@ class ToolBody(Strict):
     @property
     def choice(self) -> ToolChoice:
         """What `tool_choice` comes to."""
-        return self.tool_choice or ToolChoice("auto" if self.tools else "none")
+        return self.tool_choice or (_AUTO if self.tools else _NONE)
 
     def chat(self) -> Chat:
         """What the template gets. Without `tool_choice` none, that includes the tools."""
