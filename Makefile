@@ -12,7 +12,7 @@ smg_lock := requirements/smg.txt
 smg_stamp := .venv-smg/.lock-$(firstword $(shell cksum < $(smg_lock)))
 vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
 proto_stamp := build/proto/switchgear/py.typed
-code := $(wildcard libs services deploy tests benchmarks)
+code := $(wildcard libs services deploy tests benchmarks clients examples)
 
 # Settings of `make up`.
 ENGINE ?= vllm
@@ -43,7 +43,7 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart explain verify bench bench-quick bench-index bench-recovery soak clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify bench bench-quick bench-index bench-recovery soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -111,6 +111,9 @@ logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)
 
 restart: ## start one process again (SERVICE=router-0)
 	@$(launcher) restart $(SERVICE)
+
+client: $(proto_stamp) ## build the Python client's wheel into build/dist
+	@scripts/client.sh
 
 explain: ## show why requests went where they went (REQUEST=chatcmpl-... for one)
 	@$(launcher) explain $(REQUEST)
