@@ -11,10 +11,10 @@ from benchmarks.routing.results import (
 
 _EXPLANATION = f"""\
 Each row replays the same recorded arrivals, prompts and output lengths on simulated workers with a
-virtual clock. *Met* counts the requests whose first token came within {TTFT_GOAL_SECONDS:g} s and
-whose tokens came {ITL_GOAL_SECONDS * 1e3:g} ms apart or less on average; *late* and *slow* are those
-that missed the one or the other. *Reuse* is the part of all prompt tokens that was cached on the
-worker that got the request.
+virtual clock. *Met* counts the requests whose first token came within {TTFT_GOAL_SECONDS:g} s, and
+whose tokens came {ITL_GOAL_SECONDS * 1e3:g} ms apart or less on average; *late* and *slow* are
+those that missed the one or the other. *Reuse* is the part of all prompt tokens that was cached on
+the worker that got the request.
 
 Ours runs the router's decisions, the KV indexer's index and the simulator's scheduler, with the
 timing of Dynamo's mocker, its 16,384 blocks of 16 tokens a worker and its steps of at most 8,192

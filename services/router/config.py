@@ -39,6 +39,9 @@ class RouterSettings(ServiceSettings):
     decode_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     """Price of a token's KV held while decoding. Higher: more even load, less cache reuse."""
 
+    request_tokens: float = Field(default=256.0, ge=0, allow_inf_nan=False)
+    """Price of each request that a worker already has. Higher: hot prefixes spread sooner."""
+
     stall_weight: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     """Price of a prompt token for each request that stands still while it is computed. Higher:
     steadier token gaps, longer waits for the first token."""
@@ -78,6 +81,7 @@ class RouterSettings(ServiceSettings):
             decode_policy=self.decode_policy,
             prefill_weight=self.prefill_weight,
             decode_weight=self.decode_weight,
+            request_tokens=self.request_tokens,
             stall_weight=self.stall_weight,
             overflow_weight=self.overflow_weight,
             temperature=self.temperature,

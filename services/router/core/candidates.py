@@ -45,7 +45,7 @@ number is of blocks on the device."""
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One worker's terms, in tokens of work but for the overlap."""
+    """One worker's terms, in tokens but for blocks and requests."""
 
     worker: Worker
     overlap_blocks: int
@@ -54,6 +54,7 @@ class Candidate:
     new_kv_blocks: int
     decode_tokens: int
     cost: float
+    requests: int = 0
     stalled_tokens: int = 0
     overflow_tokens: int = 0
 
@@ -87,6 +88,8 @@ class Candidates(Sequence[Candidate]):
         self._prompt_tokens = prompt_tokens
         self.queued_tokens = [worker.queued_prefill_tokens for worker in workers]
         """Prompt tokens to compute before this prompt."""
+        self.requests = [worker.requests for worker in workers]
+        """In progress, waiting or on their way."""
         sizes = {worker.block_size_tokens for worker in workers}
         # Blocks in use by this prompt, if none of it is held.
         self._needed = {size: -(-prompt_tokens // size) for size in sizes}
@@ -148,7 +151,7 @@ class Candidates(Sequence[Candidate]):
         if self.new_tokens is None or not self.is_decoding:
             return [0] * len(self.workers)
         return [
-            new * worker.requests for new, worker in zip(self.new_tokens, self.workers, strict=True)
+            new * requests for new, requests in zip(self.new_tokens, self.requests, strict=True)
         ]
 
     @cached_property
@@ -174,6 +177,7 @@ class Candidates(Sequence[Candidate]):
             new_blocks if self.is_decoding else 0,
             self.decode_tokens[position],
             self.costs[position],
+            self.requests[position],
             self.stalled_tokens[position],
             self.overflow_tokens[position],
         )

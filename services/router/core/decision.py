@@ -131,12 +131,12 @@ def decide(
     None when no decode worker can take the request, or a pinned worker can't.
     """
     model, excluded = request.model, request.excluded
-    eligible = [
-        worker
-        for worker in workers
-        if worker.is_available and worker.model == model and worker.instance_id not in excluded
-    ]
-    decoders = _of(Role.DECODE, eligible)
+    decoders: list[Worker] = []
+    prefillers: list[Worker] = []
+    of_role = {Role.DECODE: decoders, Role.PREFILL: prefillers}
+    for worker in workers:
+        if worker.is_available and worker.model == model and worker.instance_id not in excluded:
+            of_role[worker.role].append(worker)
     if not decoders or _lacks_pinned(request, Role.DECODE, decoders):
         return None
     is_local = request.prompt is not Prompt.COMPUTED
@@ -145,9 +145,11 @@ def decide(
     if drawn is None:
         return None
     local, local_pick = drawn
-    takers = [local.worker] if Role.DECODE in request.pinned else decoders
-    backends = {worker.transfer_backend for worker in takers} - {""}
-    givers = [w for w in _of(Role.PREFILL, eligible) if w.transfer_backend in backends]
+    givers: list[Worker] = []
+    if prefillers:
+        takers = [local.worker] if Role.DECODE in request.pinned else decoders
+        backends = {worker.transfer_backend for worker in takers} - {""}
+        givers = [worker for worker in prefillers if worker.transfer_backend in backends]
     if request.prompt is Prompt.OPEN and _lacks_pinned(request, Role.PREFILL, givers):
         return None
     handover = _handover(request, local, policy, has_prefill_worker=bool(givers))
@@ -199,10 +201,6 @@ def _handover(
     if cached >= policy.max_local_overlap * request.prompt_tokens:
         return Handover.HELD
     return Handover.REMOTE
-
-
-def _of(role: Role, workers: Iterable[Worker]) -> list[Worker]:
-    return [worker for worker in workers if worker.role is role]
 
 
 def _lacks_pinned(request: Request, role: Role, workers: Iterable[Worker]) -> bool:

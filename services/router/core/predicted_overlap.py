@@ -25,8 +25,8 @@ class PredictedOverlap:
         """By sequence hash; how many requests of each worker have the block."""
 
     def sent(self, instance: InstanceId, prompt: Sequence[int]) -> None:
-        """A request with this prompt, given by the sequence hashes of its full blocks, is on its way
-        to a worker."""
+        """A request is on its way to a worker. Its prompt is given by the sequence hashes of its
+        full blocks."""
         for block in prompt[STRIDE_BLOCKS - 1 :: STRIDE_BLOCKS]:
             counts = self._holders.setdefault(block, {})
             counts[instance] = counts.get(instance, 0) + 1

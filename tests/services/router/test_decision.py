@@ -20,7 +20,7 @@ from services.router.core.decision import (
 )
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
-POLICY = Policy()
+POLICY = Policy(decode_weight=1.0, request_tokens=0.0, stall_weight=0.0)
 LONG = Request(model="m", prompt_tokens=1000, block_size_tokens=10)
 SHORT = Request(model="m", prompt_tokens=100, block_size_tokens=10)
 

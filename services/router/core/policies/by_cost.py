@@ -13,12 +13,13 @@ def kv(candidates: Candidates, weights: Weights, random: Random) -> list[float]:
 
         prefill_weight  * (queued prompt tokens + prompt tokens not held)
       + decode_weight   * KV tokens held, with this prompt's
+      + request_tokens  * requests there
       + stall_weight    * prompt tokens not held * requests there
       + overflow_weight * KV tokens that there is no room for
       - session_tokens, where the request's session was served last
 
     A prefill worker is charged the first line, since it holds blocks only for a moment. When it
-    computes the prompt, nothing of it is charged to the decode worker but its KV.
+    computes the prompt, the decode worker is charged all but what depends on the prompt tokens.
     """
     price = weights.prefill_weight
     queued = candidates.queued_tokens
@@ -29,11 +30,15 @@ def kv(candidates: Candidates, weights: Weights, random: Random) -> list[float]:
             price * (ahead + new) for ahead, new in zip(queued, candidates.new_tokens, strict=True)
         ]
     if candidates.is_decoding:
-        held, stalled = weights.decode_weight, weights.stall_weight
+        held, stalled, each = weights.decode_weight, weights.stall_weight, weights.request_tokens
         costs = [
-            cost + held * kv_tokens + stalled * stalled_tokens
-            for cost, kv_tokens, stalled_tokens in zip(
-                costs, candidates.decode_tokens, candidates.stalled_tokens, strict=True
+            cost + held * kv_tokens + each * requests + stalled * stalled_tokens
+            for cost, kv_tokens, requests, stalled_tokens in zip(
+                costs,
+                candidates.decode_tokens,
+                candidates.requests,
+                candidates.stalled_tokens,
+                strict=True,
             )
         ]
         if any(candidates.overflow_tokens):

@@ -1,0 +1,138 @@
+"""Traces on simulated workers: the router's decisions as they play out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from benchmarks.routing import trace
+from benchmarks.routing.replay import Outcome, Replay, Terms
+from benchmarks.routing.results import Row, Served, summary
+from benchmarks.routing.trace import Arrival
+from services.router.core.decision import Policy
+
+CONVERSATIONS = 40
+
+
+def conversations(
+    requests: int, *, every_seconds: float, burst: int = 4, seed: int = 0
+) -> list[Arrival]:
+    """Conversations that go on: each prompt is an earlier one of its own and some more, and all
+    begin with one block in common. So many at a time arrive at the same moment."""
+    random = Random(seed)
+    blocks: dict[int, list[int]] = {}
+    arrivals = []
+    fresh = 1
+    for number in range(requests):
+        said = blocks.setdefault(random.randrange(CONVERSATIONS), [0])
+        added = random.randint(1, 8)
+        said += range(fresh, fresh + added)
+        fresh += added
+        arrivals.append(
+            Arrival(
+                at_seconds=number // burst * burst * every_seconds,
+                prompt_tokens=len(said) * trace.TRACE_BLOCK_TOKENS - random.randrange(500),
+                output_tokens=random.randint(1, 120),
+                block_ids=tuple(said),
+            )
+        )
+    return arrivals
+
+
+def served(outcomes: list[Outcome]) -> list[Served]:
+    return [
+        Served(
+            prompt_tokens=one.arrival.prompt_tokens,
+            cached_tokens=one.cached_tokens,
+            ttft_seconds=one.ttft_seconds,
+            itl_seconds=one.itl_seconds,
+        )
+        for one in outcomes
+    ]
+
+
+def test_kv_meets_the_goal_more_often_than_round_robin_and_reuses_more() -> None:
+    arrivals = conversations(300, every_seconds=0.08)
+    runs = {}
+    for policy in ("kv", "round-robin"):
+        outcomes = Replay(arrivals, Policy(decode_policy=policy), Terms(workers=4)).run()
+        row = Row(workers=4, speed_up=1)
+        runs[policy] = summary(row, "switchgear", policy, served(outcomes), wall_seconds=0.0)
+    kv, round_robin = runs["kv"], runs["round-robin"]
+    assert kv.reuse > 1.2 * round_robin.reuse
+    assert kv.met_goal > round_robin.met_goal
+    assert kv.ttft_p90_seconds < round_robin.ttft_p90_seconds
+
+
+def test_a_replay_comes_out_the_same_every_time() -> None:
+    arrivals = conversations(60, every_seconds=0.05)
+    first, second = (served(Replay(arrivals, Policy(), Terms(workers=3)).run()) for _ in range(2))
+    assert first == second
+    assert len(first) == 60
+
+
+def test_predictions_come_true() -> None:
+    """With room for everything, whatever is thought to be held is found. Only prompts of one step
+    do not share what is new to both."""
+    arrivals = conversations(120, every_seconds=0.3, burst=1)
+    outcomes = Replay(arrivals, Policy(), Terms(workers=3, kv_blocks=200_000)).run()
+    assert any(outcome.predicted_cached_tokens for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome.cached_tokens >= outcome.predicted_cached_tokens - 16
+
+
+def test_a_hot_system_prompt_loads_none_of_a_thousand_workers_by_half_above_the_mean() -> None:
+    """Requests come faster than they end: some 6 of them for each worker."""
+    random = Random(0)
+    system_prompt = (0, 1)
+    arrivals = [
+        Arrival(
+            at_seconds=number / 20_000,
+            prompt_tokens=2 * trace.TRACE_BLOCK_TOKENS + random.randint(1, 200),
+            output_tokens=random.randint(24, 48),
+            block_ids=(*system_prompt, number + 2),
+        )
+        for number in range(6_000)
+    ]
+    terms = Terms(workers=1_000)
+    outcomes = Replay(arrivals, Policy(), terms).run()
+    requests = Counter(outcome.worker for outcome in outcomes)
+    tokens = Counter[int]()
+    for outcome in outcomes:
+        tokens[outcome.worker] += outcome.arrival.prompt_tokens + outcome.arrival.output_tokens
+    for load in (requests, tokens):
+        assert max(load.values()) <= 1.5 * sum(load.values()) / terms.workers
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
+    arrivals = conversations(20, every_seconds=0.25)
+    trace.write(tmp_path / "trace.jsonl", arrivals)
+    assert trace.read(tmp_path / "trace.jsonl") == arrivals
+    faster = trace.read(tmp_path / "trace.jsonl", speed_up=2, requests=5)
+    assert [one.at_seconds for one in faster] == [one.at_seconds / 2 for one in arrivals[:5]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "{}",
+        '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}',
+    ],
+)
+def test_a_trace_that_makes_no_sense_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    trace.write(path, conversations(1, every_seconds=1))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(trace.TraceError, match=r"trace\.jsonl:2: "):
+        trace.read(path)
+
+
+def test_prompts_share_what_their_blocks_share() -> None:
+    one, other = trace.with_system_prompt(conversations(2, every_seconds=1), blocks=2)
+    shared = 3 * trace.TRACE_BLOCK_TOKENS
+    assert one.prompt()[:shared] == other.prompt()[:shared]
+    assert len(one.prompt()) == one.prompt_tokens

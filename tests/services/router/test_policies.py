@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.router.core.candidates import TieredOverlap
+from services.router.core.decision import (
+    Candidate,
+    Decision,
+    Handover,
+    Overlaps,
+    Policy,
+    Request,
+    decide,
+)
+from services.router.core.policies import POLICIES
+from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
+
+SIZE = 16
+REQUEST = Request(model="m", prompt_tokens=64, block_size_tokens=SIZE)
+
+
+def worker(
+    number: int, *, queued: int = 0, active: int = 0, running: int = 0, total: int = 0
+) -> Worker:
+    made = Worker(
+        instance_id=InstanceId(number),
+        name=f"w{number}",
+        role=Role.DECODE,
+        model="m",
+        block_size_tokens=SIZE,
+    )
+    made.load = Load(
+        running_requests=running,
+        queued_prefill_tokens=queued,
+        active_kv_blocks=active,
+        total_kv_blocks=total,
+    )
+    made.is_available = True
+    return made
+
+
+def decided(
+    workers: Iterable[Worker],
+    overlaps: Overlaps | None = None,
+    policy: Policy | str = "kv",
+    request: Request = REQUEST,
+    seed: int = 0,
+) -> Decision:
+    if isinstance(policy, str):
+        policy = Policy(decode_policy=policy)
+    decision = decide(request, workers, overlaps or {}, policy, Random(seed))
+    assert decision is not None
+    return decision
+
+
+def chosen(*args: object, **kwargs: object) -> int:
+    return decided(*args, **kwargs).decode.worker.instance_id  # type: ignore[arg-type]
+
+
+def costs(decision: Decision) -> dict[int, float]:
+    return {one.worker.instance_id: one.cost for one in decision.decode_candidates}
+
+
+def test_the_example_of_the_manual_comes_out() -> None:
+    workers = [worker(1, running=2, active=20), worker(2)]
+    found = costs(decided(workers, {InstanceId(1): 2}))
+    assert found == {
+        1: pytest.approx(32 + 0.2 * 352 + 256 * 2 + 0.02 * 64),
+        2: pytest.approx(64 + 12.8),
+    }
+
+
+fleets = st.lists(
+    st.tuples(st.integers(0, 5_000), st.integers(0, 300), st.integers(0, 40), st.integers(0, 400)),
+    min_size=1,
+    max_size=8,
+)
+weights = st.floats(0, 5)
+
+
+@given(
+    fleets,
+    st.integers(1, 700),
+    st.dictionaries(st.integers(1, 8), st.integers(1, 50)),
+    st.tuples(weights, weights, weights, weights),
+    st.integers(0, 99),
+)
+def test_kv_takes_the_cheapest_by_the_formula(
+    fleet: list[tuple[int, int, int, int]],
+    prompt_tokens: int,
+    held: dict[int, int],
+    prices: tuple[float, float, float, float],
+    seed: int,
+) -> None:
+    prefill, decode, stall, overflow = prices
+    workers = []
+    expected = {}
+    overlaps: dict[InstanceId, int] = {}
+    for number, (queued, active, running, total) in enumerate(fleet, start=1):
+        workers.append(worker(number, queued=queued, active=active, running=running, total=total))
+        blocks = min(held.get(number, 0), prompt_tokens // SIZE)
+        overlaps[InstanceId(number)] = blocks
+        new = max(1, prompt_tokens - blocks * SIZE)
+        kv = (active + math.ceil(prompt_tokens / SIZE) - blocks) * SIZE
+        expected[number] = prefill * (queued + new) + decode * kv + stall * new * running
+        expected[number] += 256 * running
+        if total:
+            expected[number] += overflow * max(0, kv - total * SIZE)
+    policy = Policy(
+        prefill_weight=prefill, decode_weight=decode, stall_weight=stall, overflow_weight=overflow
+    )
+    request = Request(model="m", prompt_tokens=prompt_tokens, block_size_tokens=SIZE)
+    decision = decided(workers, overlaps, policy, request, seed)
+    assert costs(decision) == pytest.approx(expected)
+    assert decision.decode.cost == min(one.cost for one in decision.decode_candidates)
+    assert [one.cost for one in decision.decode_candidates] == sorted(costs(decision).values())
+
+
+@given(fleets, st.integers(0, 99))
+def test_least_load_ignores_what_is_held(fleet: list[tuple[int, int, int, int]], seed: int) -> None:
+    workers = [worker(n, queued=q, active=a) for n, (q, a, _, _) in enumerate(fleet)]
+    overlaps = {InstanceId(0): 4}
+    picked = decided(workers, overlaps, "least-load", seed=seed).decode.worker
+    loads = [w.queued_prefill_tokens + 0.2 * w.active_kv_blocks * SIZE for w in workers]
+    assert loads[picked.instance_id] == pytest.approx(min(loads))
+
+
+@given(fleets, st.integers(0, 999))
+def test_power_of_two_takes_the_less_loaded_of_two(
+    fleet: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    workers = [worker(n, queued=q, active=a) for n, (q, a, _, _) in enumerate(fleet)]
+    decision = decided(workers, policy="power-of-two", seed=seed)
+    drawn = {n: cost for n, cost in costs(decision).items() if cost < math.inf}
+    assert len(drawn) == min(2, len(workers))
+    assert drawn[decision.decode.worker.instance_id] == min(drawn.values())
+
+
+def test_power_of_two_draws_every_pair() -> None:
+    workers = [worker(n, queued=100 * n) for n in range(4)]
+    seen = {chosen(workers, policy="power-of-two", seed=seed) for seed in range(200)}
+    assert seen == {0, 1, 2}  # Never the busiest: it is drawn with a less busy one.
+
+
+def test_round_robin_gives_everyone_a_turn_and_then_again() -> None:
+    workers = [worker(n) for n in range(5)]
+    order = []
+    for seed in range(15):
+        taken = decided(workers, policy="round-robin", seed=seed).decode
+        taken.worker.book(taken.booking)
+        order.append(taken.worker.instance_id)
+    assert sorted(order[:5]) == [0, 1, 2, 3, 4]
+    assert order[5:10] == order[:5] == order[10:]
+
+
+def test_random_takes_everyone_whatever_the_load() -> None:
+    workers = [worker(n, queued=10_000 * n) for n in range(4)]
+    seen = [chosen(workers, policy="random", seed=seed) for seed in range(400)]
+    assert all(60 < seen.count(n) < 140 for n in range(4))
+
+
+def test_direct_serves_requests_that_name_their_worker_only() -> None:
+    workers = [worker(1), worker(2)]
+    policy = Policy(decode_policy="direct")
+    pinned = Request(
+        model="m", prompt_tokens=64, block_size_tokens=SIZE, pinned={Role.DECODE: InstanceId(2)}
+    )
+    assert decide(REQUEST, workers, {}, policy, Random(0)) is None
+    assert chosen(workers, policy=policy, request=pinned) == 2
+
+
+def test_without_a_prefill_worker_that_may_be_taken_the_decode_worker_computes_the_prompt() -> None:
+    giver = Worker(
+        instance_id=InstanceId(9),
+        name="p",
+        role=Role.PREFILL,
+        model="m",
+        block_size_tokens=SIZE,
+        transfer_backend="nixl",
+    )
+    giver.is_available = True
+    taker = worker(1)
+    taker.transfer_backend = "nixl"
+    request = Request(model="m", prompt_tokens=1_000, block_size_tokens=SIZE)
+    decision = decided([giver, taker], {}, Policy(prefill_policy="direct"), request)
+    assert (decision.prefill, decision.handover) == (None, Handover.NO_PREFILL_WORKER)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"direct"}))
+def test_every_policy_serves_with_a_single_worker_and_any_temperature(name: str) -> None:
+    assert chosen([worker(1)], policy=Policy(decode_policy=name, temperature=2.0)) == 1
+
+
+def test_temperature_never_draws_whom_the_policy_rules_out() -> None:
+    workers = [worker(n, queued=100 * n) for n in range(3)]
+    policy = Policy(decode_policy="power-of-two", temperature=5.0)
+    for seed in range(100):
+        decision = decided(workers, policy=policy, seed=seed)
+        assert decision.decode.cost < math.inf
+
+
+def test_blocks_in_lower_tiers_count_for_less() -> None:
+    workers = [worker(n) for n in range(1, 5)]
+    overlaps = {
+        InstanceId(1): TieredOverlap(device_blocks=2),
+        InstanceId(2): TieredOverlap(device_blocks=0, host_blocks=2),
+        InstanceId(3): TieredOverlap(device_blocks=0, host_blocks=0, disk_blocks=2),
+    }
+    decision = decided(workers, overlaps)
+    new = {c.worker.instance_id: c.new_prefill_tokens for c in decision.decode_candidates}
+    assert new == {1: 32, 2: 40, 3: 56, 4: 64}
+
+
+def test_a_session_stays_until_its_worker_is_busier_by_what_it_is_worth() -> None:
+    request = Request(
+        model="m", prompt_tokens=64, block_size_tokens=SIZE, session_worker=InstanceId(2)
+    )
+    policy = Policy(session_tokens=100)
+    assert chosen([worker(1), worker(2, queued=99)], None, policy, request) == 2
+    assert chosen([worker(1), worker(2, queued=101)], None, policy, request) == 1
+
+
+def test_a_hot_prefix_spreads_when_waiting_costs_more_than_computing_it_again() -> None:
+    request = Request(model="m", prompt_tokens=1_600, block_size_tokens=SIZE)
+    holder, other = worker(1), worker(2)
+    taken: list[int] = []
+    while not taken or taken[-1] == 1:
+        best = decided([holder, other], {InstanceId(1): 90}, request=request).decode
+        best.worker.book(best.booking)
+        taken.append(best.worker.instance_id)
+    # Each adds 160 tokens to compute, its KV and itself; elsewhere 1,440 more were to be computed.
+    assert 3 <= len(taken) <= 6
+
+
+def test_a_worker_without_room_is_shunned() -> None:
+    full = worker(1, active=100, total=100)
+    assert chosen([full, worker(2, queued=200, total=100)], {InstanceId(1): 2}) == 2
+
+
+def test_prompts_avoid_workers_where_many_would_stand_still() -> None:
+    request = Request(model="m", prompt_tokens=1_000, block_size_tokens=SIZE)
+    assert chosen([worker(1, running=40), worker(2, queued=700)], request=request) == 2
+
+
+def test_candidates_stay_as_they_were_when_it_was_decided() -> None:
+    workers = [worker(1, queued=10), worker(2, active=3)]
+    decision = decided(workers)
+    before = [candidate_terms(one) for one in decision.decode_candidates]
+    again = decided(workers)
+    for one in workers:
+        one.book(Booking(500, 50))
+        one.load = Load(running_requests=7, queued_prefill_tokens=900, total_kv_blocks=1)
+    assert [candidate_terms(one) for one in again.decode_candidates] == before
+
+
+def candidate_terms(candidate: Candidate) -> tuple[object, ...]:
+    return (
+        candidate.queued_prefill_tokens,
+        candidate.decode_tokens,
+        candidate.requests,
+        candidate.stalled_tokens,
+        candidate.overflow_tokens,
+        candidate.cost,
+    )
