@@ -108,10 +108,15 @@ class Candidates(Sequence[Candidate]):
             held(worker.instance_id, 0) if worker.block_size_tokens == block_size_tokens else 0
             for worker in self.workers
         ]
-        self.overlap_blocks = [
+        blocks = [
             one if isinstance(one, int) else self._tiered(position, one, block_size_tokens)
             for position, one in enumerate(found)
         ]
+        # Whoever says more than there is holds all there is.
+        full_blocks = self._prompt_tokens // block_size_tokens
+        if max(blocks) > full_blocks:
+            blocks = [min(one, full_blocks) for one in blocks]
+        self.overlap_blocks = blocks
 
     def _tiered(self, position: int, overlap: TieredOverlap, block_size_tokens: int) -> int:
         self._uncredited_tokens[position] = overlap.missing_credit_blocks * block_size_tokens
@@ -120,11 +125,9 @@ class Candidates(Sequence[Candidate]):
     def _new_tokens(self, block_size_tokens: int) -> list[int]:
         # The last token is always computed: its logits give the first output token.
         prompt = self._prompt_tokens
-        if not any(self.overlap_blocks):
-            return [max(1, prompt)] * len(self.workers)
-        new = [max(1, prompt - blocks * block_size_tokens) for blocks in self.overlap_blocks]
+        new = [prompt - blocks * block_size_tokens or 1 for blocks in self.overlap_blocks]
         for position, tokens in self._uncredited_tokens.items():
-            new[position] = max(1, round(new[position] + tokens))
+            new[position] = round(new[position] + tokens)
         return new
 
     @cached_property
@@ -136,11 +139,11 @@ class Candidates(Sequence[Candidate]):
         if len(needed) == 1:
             [(size, blocks)] = needed.items()
             return [
-                (worker.active_kv_blocks + max(0, blocks - held)) * size
+                (worker.active_kv_blocks + blocks - held) * size
                 for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
             ]
         return [
-            (worker.active_kv_blocks + max(0, needed[worker.block_size_tokens] - held))
+            (worker.active_kv_blocks + needed[worker.block_size_tokens] - held)
             * worker.block_size_tokens
             for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
         ]
@@ -158,9 +161,7 @@ class Candidates(Sequence[Candidate]):
     def overflow_tokens(self) -> list[int]:
         """KV for which there is no room, so that somebody must wait for others to end."""
         return [
-            max(0, tokens - worker.load.total_kv_blocks * worker.block_size_tokens)
-            if worker.load.total_kv_blocks
-            else 0
+            tokens - worker.kv_room_tokens if tokens > worker.kv_room_tokens else 0
             for tokens, worker in zip(self.decode_tokens, self.workers, strict=True)
         ]
 
@@ -168,7 +169,7 @@ class Candidates(Sequence[Candidate]):
         """The candidate at a position of `workers`."""
         worker = self.workers[position]
         held = self.overlap_blocks[position]
-        new_blocks = max(0, self._needed[worker.block_size_tokens] - held)
+        new_blocks = self._needed[worker.block_size_tokens] - held
         return Candidate(
             worker,
             held,

@@ -133,10 +133,9 @@ def decide(
     model, excluded = request.model, request.excluded
     decoders: list[Worker] = []
     prefillers: list[Worker] = []
-    of_role = {Role.DECODE: decoders, Role.PREFILL: prefillers}
     for worker in workers:
         if worker.is_available and worker.model == model and worker.instance_id not in excluded:
-            of_role[worker.role].append(worker)
+            (decoders if worker.role is Role.DECODE else prefillers).append(worker)
     if not decoders or _lacks_pinned(request, Role.DECODE, decoders):
         return None
     is_local = request.prompt is not Prompt.COMPUTED

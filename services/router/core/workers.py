@@ -16,6 +16,9 @@ from services.router.core.estimated_holdings import EstimatedHoldings
 
 InstanceId = NewType("InstanceId", int)
 
+UNKNOWN_ROOM_TOKENS = 1 << 62
+"""Of a worker that has not said how many blocks it has: more than any has."""
+
 _turns = count(1)
 
 
@@ -60,6 +63,7 @@ class Worker:
         "holdings",
         "instance_id",
         "is_available",
+        "kv_room_tokens",
         "last_turn",
         "model",
         "name",
@@ -103,6 +107,8 @@ class Worker:
         """Prompt tokens ahead of a request that came now."""
         self.active_kv_blocks = 0
         """Blocks of sequences in progress, and of those on their way."""
+        self.kv_room_tokens = UNKNOWN_ROOM_TOKENS
+        """KV that the device has room for, used and free."""
         self._load = Load()
 
     @property
@@ -113,6 +119,8 @@ class Worker:
     @load.setter
     def load(self, load: Load) -> None:
         self._load = load
+        if load.total_kv_blocks:
+            self.kv_room_tokens = load.total_kv_blocks * self.block_size_tokens
         self._add_up()
 
     def book(self, booking: Booking) -> None:
