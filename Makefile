@@ -35,6 +35,8 @@ FOLLOW ?=
 REQUEST ?=
 # Of `make test`: further arguments for pytest.
 PYTEST_ARGS ?=
+# Of `make bench-routing`: recorded requests in Mooncake's format.
+TRACE ?=
 # Of `make bench`: further arguments, such as --rounds 5.
 BENCH_ARGS ?=
 
@@ -43,7 +45,7 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify bench bench-quick bench-index bench-recovery soak clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify bench bench-quick bench-index bench-recovery bench-routing soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -136,6 +138,9 @@ bench-index: $(bench_env) ## compare the KV index with Dynamo's radix tree
 
 bench-recovery: $(env_stamp) $(proto_stamp) ## break what feeds the KV index, and time until it is right again
 	.venv/bin/python -m benchmarks.kv_recovery $(BENCH_ARGS)
+
+bench-routing: $(bench_env) ## replay recorded requests with Switchgear's routing and Dynamo's (TRACE=mooncake_trace.jsonl)
+	.venv/bin/python -m benchmarks.routing run "$(TRACE)" $(BENCH_ARGS)
 
 soak: $(env_stamp) $(proto_stamp) ## send 200,000 requests of all kinds, and look at what they leave behind
 	.venv/bin/python -m benchmarks.soak $(BENCH_ARGS)

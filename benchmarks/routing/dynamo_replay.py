@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     # Only that environment has it.
-    from dynamo._core import run_mocker_trace_replay  # type: ignore[import-not-found]
+    from dynamo._core import run_mocker_trace_replay
 
     wanted = json.loads(sys.argv[1])
     result = run_mocker_trace_replay(
