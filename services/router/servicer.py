@@ -149,6 +149,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             model=generation.model,
             prompt_tokens=len(generation.token_ids),
             block_size_tokens=block_size,
+            keeps_prompt_local=generation.logprobs.HasField("prompt_alternatives"),
             options=request.options if request.HasField("options") else None,
         )
         if block_size and not routing.keeps_prompt_local:

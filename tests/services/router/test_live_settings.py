@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,9 +76,9 @@ def test_a_bad_value_is_rejected_once_and_the_previous_one_stays(
     before = etcd.settings.policy("m")
     with capture_logs() as lines:
         etcd.put(key, bad)
-        etcd.put("decode_weight", 1)
+        etcd.put("decode_weight", 0.5)
     assert [line["event"] for line in lines] == ["live setting rejected", "live setting"]
-    assert etcd.settings.policy("m") == before
+    assert etcd.settings.policy("m") == replace(before, decode_weight=0.5)
     assert [*etcd.settings.rejected] == [tuple(key.split("/"))]
     etcd.put(key, good.get(key, "kv"))
     assert etcd.settings.rejected == {}
@@ -98,7 +99,7 @@ def test_what_is_in_force_is_listed_with_where_it_comes_from(etcd: Etcd) -> None
     listed = {(s.name, s.model): (s.value, s.is_live) for s in etcd.settings.settings()}
     assert listed["temperature", ""] == (0.5, True)
     assert listed["temperature", "m"] == (2, True)
-    assert listed["decode_weight", ""] == (1.0, False)
+    assert listed["decode_weight", ""] == (etcd.settings.start.decode_weight, False)
     assert {name for name, model in listed if not model} == set(LIVE_KEYS)
     assert etcd.settings.revision == 2
 

@@ -354,8 +354,8 @@ async def test_select_worker_explains_without_running(stand: Stand) -> None:
     assert response.decode_worker.name == "d0"
     leg = response.explanation.decode
     assert [c.worker.name for c in leg.candidates] == ["d0", "d1"]
-    # 64 tokens, 32 of them held: 32 to compute, and 2 blocks of 16 to add at 0.2 each token.
-    assert [c.cost for c in leg.candidates] == [38.4, 76.8]
+    # 64 tokens, 32 of them held: 32 to compute and 2 blocks of 16 to add, at 0.2 a token.
+    assert [c.cost for c in leg.candidates] == pytest.approx([32 + 0.2 * 32, 64 + 0.2 * 64])
     assert response.explanation.handover == router_pb2.HANDOVER_SHORT
     assert all(worker.host.idle.is_set() for worker in stand.workers.values())
 
