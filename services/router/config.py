@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -20,6 +21,10 @@ def known_policy(name: str) -> str:
 
 
 PolicyName = Annotated[str, AfterValidator(known_policy)]
+
+
+POLICY_SETTINGS = tuple(field.name for field in fields(Policy))
+"""Those that decisions depend on; they have the same names in both."""
 
 
 class RouterSettings(ServiceSettings):
@@ -49,6 +54,10 @@ class RouterSettings(ServiceSettings):
     overflow_weight: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     """Price of a token's KV beyond a worker's room. Higher: full workers are shunned more."""
 
+    session_tokens: float = Field(default=256.0, ge=0, allow_inf_nan=False)
+    """Prompt tokens that keeping a session on its worker is worth. Higher: it yields less to
+    load."""
+
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the cheapest worker; above, dearer ones get a chance, too."""
 
@@ -73,18 +82,10 @@ class RouterSettings(ServiceSettings):
     estimate_ttl_seconds: float = Field(default=120.0, gt=0)
     """How long a worker without KV events is believed to hold a prompt that it was given."""
 
+    session_ttl_seconds: float = Field(default=600.0, gt=0)
+    """How long after its last request a session has a worker that it is kept on."""
+
     @property
     def policy(self) -> Policy:
         """The part that decisions depend on."""
-        return Policy(
-            prefill_policy=self.prefill_policy,
-            decode_policy=self.decode_policy,
-            prefill_weight=self.prefill_weight,
-            decode_weight=self.decode_weight,
-            request_tokens=self.request_tokens,
-            stall_weight=self.stall_weight,
-            overflow_weight=self.overflow_weight,
-            temperature=self.temperature,
-            min_remote_prefill_tokens=self.min_remote_prefill_tokens,
-            max_local_overlap=self.max_local_overlap,
-        )
+        return Policy(**{name: getattr(self, name) for name in POLICY_SETTINGS})

@@ -12,7 +12,9 @@ from typing import NamedTuple
 from libs.common.errors import ModelNotFound, NoLiveInstance, SwitchgearError
 from services.router.core.decision import Overlaps, Prompt, Request, decide
 from services.router.core.decision_log import DecisionLog, Record
-from services.router.core.workers import InstanceId, Worker
+from services.router.core.known_overlap import KnownOverlap
+from services.router.core.sessions import Sessions
+from services.router.core.workers import InstanceId, Role, Worker
 from services.router.fleet import Fleet
 from services.router.live_settings import LiveSettings
 from services.router.overlap_client import OverlapClient, query_of
@@ -21,11 +23,11 @@ from switchgear.router.v1 import router_pb2
 
 
 class Found(NamedTuple):
-    """Who holds how much of a prompt."""
+    """Who holds how much of a prompt, as KV events tell."""
 
     overlaps: Overlaps
     are_known: bool
-    """False when no KV indexer answered; estimates may still be there."""
+    """False when no KV indexer answered."""
 
 
 class Decider:
@@ -45,28 +47,28 @@ class Decider:
         self._log = decision_log
         self._random = random
         self._loop = asyncio.get_running_loop()
+        self._known = KnownOverlap()
+        self._sessions = Sessions(ttl_seconds=settings.start.session_ttl_seconds)
 
     async def find_overlaps(self, routings: Sequence[router_pb2.RoutingRequest]) -> list[Found]:
-        """What is held of each prompt, in order: as KV events tell, or as is estimated."""
+        """What KV events tell of each prompt, in order."""
         fleet = self.fleet
         can_tell = [bool(r.sequence_hashes) and fleet.has_events(r.model) for r in routings]
         queries = map(query_of, compress(routings, can_tell))
         answers = iter(await self._overlaps.find(list(queries)))
         found = []
-        for routing, can_be_told in zip(routings, can_tell, strict=True):
+        for can_be_told in can_tell:
             told = next(answers) if can_be_told else {}
-            estimates = self._estimates(routing) if fleet.estimated else {}
-            found.append(Found({**(told or {}), **estimates}, told is not None))
+            found.append(Found(told or {}, told is not None))
         return found
 
-    def _estimates(self, routing: router_pb2.RoutingRequest) -> Overlaps:
-        hashes = list(routing.sequence_hashes)
-        now = self._loop.time()
-        return {
-            worker.instance_id: worker.holdings.overlap(hashes, now)
-            for worker in self.fleet.estimated
-            if worker.model == routing.model and worker.holdings is not None
-        }
+    def _overlaps_now(self, routing: router_pb2.RoutingRequest, told: Overlaps) -> Overlaps:
+        """With what is estimated and what is on its way: as of this moment, so that a request sees
+        those that were sent while it waited for the index, or that came in the same message."""
+        if not routing.sequence_hashes:
+            return told
+        estimated = [worker for worker in self.fleet.estimated if worker.model == routing.model]
+        return self._known.overlaps(routing.sequence_hashes, told, estimated, self._loop.time())
 
     def wishes(self, routing: router_pb2.RoutingRequest) -> Wishes:
         """The policy for a request, and what it asks for itself.
@@ -95,9 +97,12 @@ class Decider:
                 excluded=wishes.excluded.union(excluded),
                 pinned=wishes.pinned,
                 prompt=prompt,
+                session_worker=self._sessions.worker(
+                    routing.model, routing.options.session_id, self._loop.time()
+                ),
             ),
             self.fleet.workers,
-            found.overlaps,
+            self._overlaps_now(routing, found.overlaps),
             wishes.policy,
             self._random,
         )
@@ -119,10 +124,26 @@ class Decider:
         """Remembers a decision that is carried out."""
         self._log.add(record)
 
-    def given(self, worker: Worker, routing: router_pb2.RoutingRequest) -> None:
-        """The worker gets the prompt, to compute or to pull."""
-        if worker.holdings is not None and worker.block_size_tokens == routing.block_size_tokens:
-            worker.holdings.given(list(routing.sequence_hashes), self._loop.time())
+    def sent(self, worker: Worker, routing: router_pb2.RoutingRequest) -> None:
+        """The worker gets the request's prompt, to compute or to pull."""
+        if worker.block_size_tokens == routing.block_size_tokens:
+            self._known.sent(worker, routing.sequence_hashes)
+        if worker.role is Role.DECODE:
+            self._sessions.served(
+                routing.model,
+                routing.options.session_id,
+                worker.instance_id,
+                self._loop.time(),
+            )
+
+    def ended(
+        self, worker: Worker, routing: router_pb2.RoutingRequest, *, is_computed: bool
+    ) -> None:
+        """What was sent is over, one way or another. `is_computed`: the worker had its KV."""
+        if worker.block_size_tokens == routing.block_size_tokens:
+            self._known.ended(
+                worker, routing.sequence_hashes, self._loop.time(), is_computed=is_computed
+            )
 
     def nobody(self, model: str, wishes: Wishes) -> SwitchgearError:
         """Why a request can't be served now: its model is unknown, or known and not ready."""

@@ -17,20 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from libs.common import logs
 from libs.common.discovery import Key, Table
-from services.router.config import RouterSettings
+from services.router.config import POLICY_SETTINGS, RouterSettings
 from services.router.core.decision import Policy
 
 log = logs.get(__name__)
 
-LIVE_KEYS = (
-    "prefill_policy",
-    "decode_policy",
-    "prefill_weight",
-    "decode_weight",
-    "temperature",
-    "min_remote_prefill_tokens",
-    "max_local_overlap",
-)
+LIVE_KEYS = POLICY_SETTINGS
+"""All that decisions depend on."""
 
 REVISION = Gauge(
     "switchgear_router_settings_revision",

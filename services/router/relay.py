@@ -74,6 +74,7 @@ class _Request:
         "found",
         "generation",
         "handle",
+        "has_started",
         "kv_expires_at",
         "kv_session",
         "link",
@@ -100,6 +101,8 @@ class _Request:
         """Of the last decision."""
         self.link: WorkerLink | None = None
         """Where it is now; None while the overlap is asked for."""
+        self.has_started = False
+        """Whether that worker has the prompt's KV."""
         self.decode: Worker | None = None
         """Chosen for the decode leg while the prefill leg runs, with `booking`."""
         self.booking: Booking | None = None
@@ -174,9 +177,10 @@ class Relay:
         for handle in handles:
             request = self._requests.get(handle)
             if request is not None:
+                link = request.link
                 self._end(request)
-                if request.link is not None:
-                    request.link.cancel(handle)
+                if link is not None:
+                    link.cancel(handle)
 
     def take(self) -> router_pb2.SessionResponse | None:
         """The next message to send, with everything there is; None when there is nothing, or no
@@ -299,7 +303,7 @@ class Relay:
                 self._fail(request, DeadlineExceeded("the deadline passed in the router"))
             return
         request.link = link
-        self._decider.given(worker, request.routing)
+        self._decider.sent(worker, request.routing)
         if request.kv_session is not None:
             # A refusal may have cost some of it. With nothing left the worker does not pull.
             left = request.kv_expires_at - self._loop.time()
@@ -312,6 +316,15 @@ class Relay:
             timeout_seconds=timeout,
             kv_session=request.kv_session if leg == worker_pb2.LEG_DECODE else None,
         )
+
+    def _leave(self, request: _Request) -> None:
+        """The request is no longer where it was, if it was anywhere."""
+        if request.link is not None:
+            self._decider.ended(
+                request.link.worker, request.routing, is_computed=request.has_started
+            )
+            request.link = None
+            request.has_started = False
 
     def _link_to(self, worker: Worker) -> WorkerLink | None:
         link = self._links.get(worker.instance_id)
@@ -349,7 +362,7 @@ class Relay:
 
     def _leg_lost(self, request: _Request, worker: Worker, *, may_have_run: bool) -> None:
         request.excluded.add(worker.instance_id)
-        request.link = None
+        self._leave(request)
         error = WorkerLost(f"{worker.name} was lost")
         if request.is_prefilling:
             self._prefill_failed(request, "worker_lost")
@@ -370,7 +383,7 @@ class Relay:
             if request is None or request.link is not link:
                 continue
             if request.is_prefilling:
-                request.link = None
+                self._leave(request)
                 self._prefill_failed(request, "engine")
             else:
                 self._end(request)
@@ -386,7 +399,8 @@ class Relay:
         if request is None or not request.is_prefilling:
             return  # Cancelled or timed out meanwhile: the cancellation on its way frees the KV.
         self._stop_prefill_timer(request)
-        request.link = None
+        request.has_started = True
+        self._leave(request)
         request.kv_session = prefilled.kv_session
         request.kv_expires_at = self._loop.time() + grpc_errors.seconds_of(
             prefilled.kv_session.time_to_live
@@ -411,6 +425,7 @@ class Relay:
         request = self._requests.get(start.handle)
         if request is None or request.link is not link or request.is_prefilling:
             return
+        request.has_started = True
         record = request.record
         record.decode_cached_tokens = start.cached_tokens
         record.transferred_tokens = start.transferred_tokens
@@ -432,7 +447,7 @@ class Relay:
         self._stop_prefill_timer(request)
         if request.link is not None:
             request.link.cancel(request.handle)
-            request.link = None
+            self._leave(request)
         request.prefill = None
         self._release_decode(request)
         self._redecide(request, self._nobody(request))
@@ -456,7 +471,7 @@ class Relay:
         request = self._requests.get(refusal.handle)
         if request is None or request.link is not link:
             return
-        request.link = None
+        self._leave(request)
         if request.is_prefilling:
             self._prefill_failed(request, refusal.error.reason.lower())
             return
@@ -483,6 +498,7 @@ class Relay:
 
     def _end(self, request: _Request) -> None:
         self._requests.pop(request.handle, None)
+        self._leave(request)
         self._stop_prefill_timer(request)
         self._release_decode(request)
 

@@ -14,6 +14,9 @@ from services.router.core.workers import InstanceId, Role, Worker
 from services.router.fleet import Fleet
 from switchgear.router.v1 import router_pb2
 
+MAX_SESSION_ID_CHARACTERS = 1024
+"""Many are remembered, and frontends let no longer ones through."""
+
 _INSTANCE_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -48,6 +51,12 @@ def wishes_of(routing: router_pb2.RoutingRequest, fleet: Fleet, policy: Policy) 
                 param="temperature",
             )
         policy = replace(policy, temperature=options.temperature)
+    if len(options.session_id) > MAX_SESSION_ID_CHARACTERS:
+        raise InvalidRequest(
+            f"the session id must have at most {MAX_SESSION_ID_CHARACTERS} characters, "
+            f"got {len(options.session_id)}",
+            param="session_id",
+        )
     workers = [worker for worker in fleet.workers if worker.model == routing.model]
     return Wishes(
         policy,
