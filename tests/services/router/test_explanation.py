@@ -175,7 +175,11 @@ async def test_a_request_may_have_its_own_temperature_and_policy(stand: Stand) -
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        ({"policy": "nonsense"}, grpc.StatusCode.INVALID_ARGUMENT, "there are direct, kv, least-load"),
+        (
+            {"policy": "nonsense"},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "there are direct, kv,",
+        ),
         ({"temperature": -1}, grpc.StatusCode.INVALID_ARGUMENT, "at least 0"),
         ({"pinned_workers": ["d0", "d1"]}, grpc.StatusCode.INVALID_ARGUMENT, "more than one"),
         ({"pinned_workers": ["nobody"]}, grpc.StatusCode.UNAVAILABLE, "'nobody'"),
