@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format, struct_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -107,6 +107,7 @@ def test_what_is_in_force_is_listed_with_where_it_comes_from(etcd: Etcd) -> None
 values = st.one_of(st.floats(-1, 2), st.integers(-5, 500), st.sampled_from(["kv", "x"]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(LIVE_KEYS), values | st.just(None)), max_size=20))
 def test_whatever_is_written_the_settings_in_force_are_good(changes: list[tuple[str, Any]]) -> None:
     etcd = Etcd()
