@@ -1,6 +1,7 @@
 """Routers' explanations of their decisions, as tables."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -29,6 +30,17 @@ _WHY_WON = {
     router_pb2.PICK_DRAWN: "drawn by temperature",
     router_pb2.PICK_PINNED: "pinned by the request",
 }
+_TERMS: Mapping[str, Callable[[router_pb2.Candidate], int]] = {
+    "blocks held": lambda it: it.overlap_blocks,
+    "queued": lambda it: it.queued_prefill_tokens,
+    "to compute": lambda it: it.new_prefill_tokens,
+    "KV": lambda it: it.decode_tokens,
+    "requests": lambda it: it.requests,
+    "stalled": lambda it: it.stalled_tokens,
+    "overflow": lambda it: it.overflow_tokens,
+    "session": lambda it: it.is_of_session,
+}
+"""Columns of a table, in tokens where they don't say something else."""
 
 
 @dataclass
@@ -98,17 +110,18 @@ def _leg(name: str, leg: router_pb2.LegExplanation) -> RenderableType:
         cached.append(f"pulled {leg.transferred_tokens}")
     table = Table("", box=None, header_style="dim", padding=(0, 1))
     table.add_column("worker", no_wrap=True, overflow="ignore")
-    for title in ("blocks held", "queued", "to compute", "decode", "cost"):
+    for title in (*_TERMS, "cost"):
         table.add_column(title, justify="right")
     for candidate in leg.candidates:
         table.add_row(
             "*" if candidate.worker.instance_id == leg.worker.instance_id else "",
             candidate.worker.name,
-            str(candidate.overlap_blocks),
-            str(candidate.queued_prefill_tokens),
-            str(candidate.new_prefill_tokens),
-            str(candidate.decode_tokens),
-            f"{candidate.cost:g}",
+            *(str(int(term(candidate))) for term in _TERMS.values()),
+            f"{candidate.cost:g}" if math.isfinite(candidate.cost) else "never",
         )
-    lines = Text(f"  {', '.join(facts)}\n    cached tokens: {', '.join(cached)}")
+    weights = [f"{field.name} {value:g}" for field, value in leg.weights.ListFields()]
+    lines = Text(
+        f"  {', '.join(facts)}\n    cached tokens: {', '.join(cached)}\n"
+        f"    weights: {', '.join(weights)}"
+    )
     return Group(lines, Padding(table, (0, 0, 0, 3)))

@@ -89,6 +89,9 @@ class Decider:
         """Who runs the request; None when nobody can. Not kept."""
         if prompt is Prompt.OPEN and routing.keeps_prompt_local:
             prompt = Prompt.LOCAL
+        session_worker = self._sessions.worker(
+            routing.model, routing.options.session_id, self._loop.time()
+        )
         decision = decide(
             Request(
                 model=routing.model,
@@ -97,9 +100,7 @@ class Decider:
                 excluded=wishes.excluded.union(excluded),
                 pinned=wishes.pinned,
                 prompt=prompt,
-                session_worker=self._sessions.worker(
-                    routing.model, routing.options.session_id, self._loop.time()
-                ),
+                session_worker=session_worker,
             ),
             self.fleet.workers,
             self._overlaps_now(routing, found.overlaps),
@@ -117,6 +118,7 @@ class Decider:
             decision=decision,
             policy=wishes.policy,
             are_overlaps_known=found.are_known,
+            session_worker=session_worker,
             lora_name=routing.lora_name,
         )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from services.router.core.decision import Candidate, Handover, Pick
 from services.router.core.decision_log import Record
+from services.router.core.policies import Weights
+from services.router.core.workers import InstanceId
 from switchgear.router.v1 import router_pb2
 
 _HANDOVERS = {
@@ -16,6 +19,12 @@ _HANDOVERS = {
     Handover.LOCAL: router_pb2.HANDOVER_LOCAL,
     Handover.COMPUTED: router_pb2.HANDOVER_COMPUTED,
 }
+_SAID = router_pb2.Candidate.DESCRIPTOR.fields_by_name
+_TERMS = [
+    field.name for field in fields(Candidate) if field.name in _SAID and field.name != "worker"
+]
+_WEIGHTS = [field.name for field in fields(Weights)]
+"""Terms and weights have the same names here and there."""
 _PICKS = {
     Pick.LOWEST: router_pb2.PICK_LOWEST,
     Pick.TIE: router_pb2.PICK_TIE,
@@ -90,17 +99,15 @@ def _leg(
         policy=policy,
         pick=_PICKS[pick],
         temperature=record.policy.temperature,
-        candidates=map(_candidate, candidates),
+        candidates=[_candidate(candidate, record.session_worker) for candidate in candidates],
         predicted_cached_tokens=record.predicted_cached_tokens(winner),
+        weights=router_pb2.Weights(**{name: getattr(record.policy, name) for name in _WEIGHTS}),
     )
 
 
-def _candidate(candidate: Candidate) -> router_pb2.Candidate:
+def _candidate(candidate: Candidate, session_worker: InstanceId | None) -> router_pb2.Candidate:
     return router_pb2.Candidate(
         worker=worker_ref(candidate),
-        cost=candidate.cost,
-        overlap_blocks=candidate.overlap_blocks,
-        queued_prefill_tokens=candidate.queued_prefill_tokens,
-        new_prefill_tokens=candidate.new_prefill_tokens,
-        decode_tokens=candidate.decode_tokens,
+        is_of_session=candidate.worker.instance_id == session_worker,
+        **{name: getattr(candidate, name) for name in _TERMS},
     )

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from services.router.core.decision import Candidate, Decision, Policy
+from services.router.core.workers import InstanceId
 
 MAX_CANDIDATES = 100_000
 """Of all decisions kept: with a thousand workers, each has as many."""
@@ -26,6 +27,8 @@ class Record:
     """In force for it, with what the request asked for itself."""
     are_overlaps_known: bool
     """False when no KV indexer answered."""
+    session_worker: InstanceId | None = None
+    """Who served the request's session last."""
     lora_name: str = ""
     """The adapter that the prompt is hashed for."""
     prefill_cached_tokens: int | None = None
