@@ -90,6 +90,8 @@ class EngineHost:
         """The client is gone: its requests are cancelled."""
         self.sessions.discard(session)
         self.cancel(session, list(session.keys))
+        for other in self.sessions:
+            other.repeat_load()
 
     def submit(self, session: Session, submits: Iterable[worker_pb2.Submit]) -> None:
         """Gives requests to the engine, or refuses them. Raises ProtocolViolation for a handle

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -199,7 +200,7 @@ async def test_log_probabilities_of_an_answer_are_those_of_the_same_text_as_a_pr
 
 
 def test_choices_differ_and_equal_seeds_give_equal_answers(deployment: Running) -> None:
-    def ask(**options: object) -> list[str]:
+    def ask(**options: Any) -> list[str]:
         answer = deployment.chat("Tell me a story.", temperature=1, max_tokens=12, **options)
         assert answer.status == 200, answer.body
         return [choice["message"]["content"] for choice in answer.body["choices"]]
@@ -250,7 +251,7 @@ def test_an_answer_follows_a_json_schema(deployment: Running, is_disaggregated: 
     ],
 )
 def test_an_answer_follows_what_it_is_held_to(
-    deployment: Running, option: dict[str, object], expression: str
+    deployment: Running, option: dict[str, Any], expression: str
 ) -> None:
     answer = deployment.chat("Say something.", **{"max_tokens": 30, **option})
     assert answer.status == 200, answer.body

@@ -126,6 +126,10 @@ class Session:
         if load != self._load_sent:
             self._touch()
 
+    def repeat_load(self) -> None:
+        """The client may have heard of another load since, on a session of its that has ended."""
+        self._load_sent = None
+
     def _touch(self) -> None:
         self._is_dirty = True
         self._wake()

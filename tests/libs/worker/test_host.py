@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from libs.engine.sim.settings import SimSettings
 from libs.worker.core.session import Session
@@ -52,3 +53,17 @@ async def test_kv_stays_when_its_client_goes_since_somebody_may_be_pulling_it() 
 async def test_a_prefill_leg_is_forgotten_when_its_lease_ends() -> None:
     async with computed(kv_lease_seconds=0.05) as (worker, session):
         await until(lambda: not session.kept and worker.engine.load().active_kv_blocks == 0)
+
+
+async def test_who_stays_hears_of_the_load_that_only_another_session_was_told() -> None:
+    async with sim_worker(discovery_pb2.ROLE_DECODE_WORKER, "d") as worker:
+        host = worker.host
+        staying, leaving = (host.open(lambda: None, 8) for _ in range(2))
+        idle = host.engine.load()
+        assert staying.take(lambda: idle) is not None
+        assert leaving.take(lambda: replace(idle, running_requests=1)) is not None
+        staying.load_changed(idle)
+        assert staying.take(lambda: idle) is None
+        host.close(leaving)
+        staying.load_changed(idle)
+        assert staying.take(lambda: idle) is not None

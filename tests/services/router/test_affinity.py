@@ -147,8 +147,8 @@ async def test_a_session_stays_with_its_worker(stand: Stand) -> None:
         call = endless(stand, [number] * 20, session_id="mine")
         homes.add(await worker_of(call))
         call.cancel()
-        for worker in stand.workers.values():
-            await until(worker.host.idle.is_set)
+        # The router, too, must have heard that it is over.
+        await until(lambda: not any(worker.requests for worker in stand.fleet.workers))
     assert len(homes) == 1
 
 

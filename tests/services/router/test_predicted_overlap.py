@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from libs.common.hashing import chain
 from services.router.core.predicted_overlap import STRIDE_BLOCKS, PredictedOverlap
-from services.router.core.sessions import Sessions
 from services.router.core.workers import InstanceId
 
 PROMPTS = [
@@ -48,14 +47,3 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     for number in (1, 2, 0, 1):
         predicted.ended(InstanceId(1), PROMPTS[number])
     assert len(predicted) == 0
-
-
-def test_the_session_served_longest_ago_is_forgotten_first() -> None:
-    sessions = Sessions(max_sessions=2)
-    sessions.served("a", InstanceId(1))
-    sessions.served("b", InstanceId(2))
-    sessions.served("a", InstanceId(3))
-    sessions.served("", InstanceId(4))
-    sessions.served("c", InstanceId(5))
-    known = [sessions.worker(name) for name in ("a", "b", "c", "")]
-    assert known == [3, None, 5, None]
