@@ -53,6 +53,7 @@ def up(
     routers: Annotated[int, typer.Option(min=1)] = 1,
     indexers: Annotated[int, typer.Option(min=0)] = 1,
     http_port: int = 8000,
+    envoy: Annotated[bool, typer.Option("--envoy", help="Put Envoy in front.")] = False,
     kv_cache_bytes: Annotated[int, typer.Option(min=0, help="For each vLLM worker.")] = 0,
     max_model_len: Annotated[int, typer.Option(min=0, help="In tokens.")] = 0,
     sim_step_ms: Annotated[
@@ -78,6 +79,7 @@ def up(
         routers=routers,
         indexers=indexers,
         http_port=http_port,
+        envoy=envoy,
         gpus=_gpus(),
         kv_cache_bytes=kv_cache_bytes,
         max_model_len_tokens=max_model_len,

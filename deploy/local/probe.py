@@ -1,6 +1,7 @@
-"""Asking a server whether it is ready."""
+"""Asking a server whether it is ready. In containers: `python -m deploy.local.probe KIND TARGET`."""
 
 import socket
+import sys
 import urllib.error
 import urllib.request
 from typing import Literal, assert_never
@@ -73,3 +74,8 @@ def _nats_failure(target: str) -> str | None:
     except OSError as error:
         return f"NATS: {error.strerror or error}"
     return None if greeting == b"INFO" else "NATS: no greeting"
+
+
+if __name__ == "__main__":
+    _, kind, target = sys.argv
+    sys.exit(Probe.model_validate({"kind": kind, "target": target}).failure())

@@ -1,5 +1,6 @@
 """Which processes make up a deployment, and with which flags. Decides only; starts nothing."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.envoy.configuration import Address, configuration
 from deploy.local.probe import Probe
 from deploy.local.process import ProcessSpec
 
@@ -19,7 +21,14 @@ Engine = Literal["vllm", "sim"]
 Component = Literal["kv_indexer", "router", "prefill_worker", "decode_worker", "frontend"]
 Count = Annotated[int, Field(ge=0)]
 
-SERVERS_STAGE, WORKERS_STAGE, _INDEXERS_STAGE, _ROUTERS_STAGE, FRONTENDS_STAGE = range(5)
+(
+    SERVERS_STAGE,
+    WORKERS_STAGE,
+    _INDEXERS_STAGE,
+    _ROUTERS_STAGE,
+    _EDGE_STAGE,
+    FRONTENDS_STAGE,
+) = range(6)
 
 # vLLM on a CPU takes multiples of 32 tokens only.
 _VLLM_BLOCK_SIZE_TOKENS = 32
@@ -27,6 +36,9 @@ _VLLM_BLOCK_SIZE_TOKENS = 32
 _CPU_KV_CACHE_BYTES = 512 * 2**20
 # What the workers of one GPU share. The rest is for CUDA itself, and for others.
 _GPU_MEMORY_FRACTION = 0.88
+
+# Where an OpenTelemetry collector on this machine would be.
+_OTLP_PORT = 4317
 
 # Well within the grace that a process has to stop. A person waits for it.
 _DRAIN_SECONDS = 5
@@ -47,11 +59,13 @@ class Deployment(BaseModel):
     """Prefill workers. With none, decode workers compute prompts too."""
     decode: Annotated[int, Field(ge=1)] = 1
     frontends: Annotated[int, Field(ge=1)] = 1
-    """They share the HTTP port."""
+    """They share the HTTP port, unless Envoy has it."""
     routers: Annotated[int, Field(ge=1)] = 1
     indexers: Count = 1
     """With none, routing goes by load alone."""
     http_port: int
+    envoy: bool = False
+    """Whether Envoy is in front, on the HTTP port, for REST and gRPC."""
     gpus: Count = 0
     """GPUs to spread the workers over."""
     kv_cache_bytes: Count = 0
@@ -71,7 +85,9 @@ def processes(
     """Every process of the deployment. `take_port` gives a port that nothing else uses."""
     etcd = etcd_server(run_dir, take_port)
     nats = nats_server(take_port)
-    return [etcd, nats, *_Services(deployment, etcd, nats, take_port).all()]
+    services = list(_Services(deployment, etcd, nats, take_port).all())
+    edge = [envoy(deployment, services, take_port)] if deployment.envoy else []
+    return [etcd, nats, *services, *edge]
 
 
 def http_url(deployment: Deployment) -> str:
@@ -154,12 +170,14 @@ class _Services:
         return environment
 
     def _frontend(self, number: int) -> ProcessSpec:
-        http_port = self._deployment.http_port
-        url = http_url(self._deployment)
+        deployment = self._deployment
+        # Behind Envoy each has one of its own, so that each can be asked for its health.
+        http_port = self._take_port() if deployment.envoy else deployment.http_port
+        url = f"http://{HOST}:{http_port}"
         probes = [Probe(kind="http", target=f"{url}/health")]
         # With API keys only their holders may see what is served.
-        if "--api-keys" not in self._deployment.flags.get("frontend", ()):
-            listed = f'"{self._deployment.model_name}"'
+        if "--api-keys" not in deployment.flags.get("frontend", ()):
+            listed = f'"{deployment.model_name}"'
             probes.append(Probe(kind="http", target=f"{url}/v1/models", contains=listed))
         return self._service(
             "frontend",
@@ -251,6 +269,43 @@ def nats_server(take_port: Callable[[], int]) -> ProcessSpec:
         address=f"nats://{address}",
         probes=(Probe(kind="nats", target=address),),
         stage=SERVERS_STAGE,
+    )
+
+
+def envoy(
+    deployment: Deployment, services: Iterable[ProcessSpec], take_port: Callable[[], int]
+) -> ProcessSpec:
+    """Envoy in front of all frontends and routers, with the configuration of any deployment."""
+    services = list(services)
+
+    def addresses(component: Component, port: str) -> list[Address]:
+        found = [spec for spec in services if spec.name.startswith(f"{component}-")]
+        return [Address(HOST, spec.ports[port]) for spec in found]
+
+    url, admin_port = http_url(deployment), take_port()
+    config = configuration(
+        listen=Address(HOST, deployment.http_port),
+        admin=Address(HOST, admin_port),
+        clusters={
+            "frontend_rest": addresses("frontend", "http"),
+            "frontend_grpc": addresses("frontend", "grpc"),
+            "router_grpc": addresses("router", "grpc"),
+            "otel_collector": [Address(HOST, _OTLP_PORT)],
+        },
+    )
+    command = [_server_binary("envoy"), "--config-yaml", json.dumps(config)]
+    # Without it several Envoys on a host would take each other for what they are to replace.
+    command += ["--disable-hot-restart", "--log-level", "warning", "--concurrency", "1"]
+    return ProcessSpec(
+        name="envoy-0",
+        command=tuple(command),
+        ports={"http": deployment.http_port, "admin": admin_port},
+        address=url,
+        probes=(
+            Probe(kind="http", target=f"http://{HOST}:{admin_port}/ready"),
+            Probe(kind="http", target=f"{url}/health"),
+        ),
+        stage=_EDGE_STAGE,
     )
 
 

@@ -1,0 +1,103 @@
+"""Fills in envoy.yaml: where to listen, where the services are, whether with TLS.
+
+`python -m deploy.envoy.configuration` prints the result as JSON, which Envoy reads as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TEMPLATE = Path(__file__).with_name("envoy.yaml")
+TLS_PORT = 8443
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A host, by name or number, and a port."""
+
+    host: str
+    port: int
+
+
+def configuration(
+    *,
+    listen: Address | None = None,
+    admin: Address | None = None,
+    clusters: Mapping[str, Sequence[Address]] | None = None,
+    tls_folder: Path | None = None,
+) -> dict[str, Any]:
+    """The template with what is given in place of what it says.
+
+    `clusters` has the addresses of clusters by their name. `tls_folder` is where Envoy will find
+    tls.crt and tls.key; it then listens on port 8443, too. Raises KeyError for an unknown cluster.
+    """
+    config: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text())
+    # Aliases of YAML are the same object; what is changed here must not change elsewhere.
+    config = json.loads(json.dumps(config))
+    [listener] = config["static_resources"]["listeners"]
+    if listen is not None:
+        listener["address"] = _socket_address(listen)
+    if admin is not None:
+        config["admin"]["address"] = _socket_address(admin)
+    by_name = {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
+    for name, addresses in (clusters or {}).items():
+        endpoints = [{"endpoint": {"address": _socket_address(address)}} for address in addresses]
+        by_name[name]["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+    if tls_folder is not None:
+        config["static_resources"]["listeners"].append(_with_tls(listener, tls_folder))
+    return config
+
+
+def _with_tls(listener: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same listener on another port, for connections with TLS."""
+    encrypted = copy.deepcopy(listener)
+    encrypted["name"] = f"{listener['name']}_tls"
+    encrypted["address"]["socket_address"]["port_value"] = TLS_PORT
+    certificate = {
+        "certificate_chain": {"filename": str(folder / "tls.crt")},
+        "private_key": {"filename": str(folder / "tls.key")},
+        # Another certificate in the folder is taken without a restart.
+        "watched_directory": {"path": str(folder)},
+    }
+    prefix = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
+    for chain in encrypted["filter_chains"]:
+        chain["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": f"{prefix}.DownstreamTlsContext",
+                "common_tls_context": {
+                    "alpn_protocols": ["h2", "http/1.1"],
+                    "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+                    "tls_certificates": [certificate],
+                },
+            },
+        }
+    return encrypted
+
+
+def _socket_address(address: Address) -> dict[str, Any]:
+    return {"socket_address": {"address": address.host, "port_value": address.port}}
+
+
+def main() -> None:
+    """Prints the configuration for a container."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tls-folder", type=Path, help="TLS is offered when tls.crt and tls.key are in it"
+    )
+    folder: Path | None = parser.parse_args().tls_folder
+    if folder is not None and not (folder / "tls.crt").is_file():
+        folder = None
+    print(json.dumps(configuration(tls_folder=folder)))
+
+
+if __name__ == "__main__":
+    main()
