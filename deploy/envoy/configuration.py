@@ -30,6 +30,7 @@ class Address:
 def configuration(
     *,
     listen: Address | None = None,
+    metrics: Address | None = None,
     admin: Address | None = None,
     clusters: Mapping[str, Sequence[Address]] | None = None,
     tls_folder: Path | None = None,
@@ -42,17 +43,21 @@ def configuration(
     config: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text())
     # Aliases of YAML are the same object; what is changed here must not change elsewhere.
     config = json.loads(json.dumps(config))
-    [listener] = config["static_resources"]["listeners"]
+    clusters = dict(clusters or {})
+    edge, metrics_listener = config["static_resources"]["listeners"]
     if listen is not None:
-        listener["address"] = _socket_address(listen)
+        edge["address"] = _socket_address(listen)
+    if metrics is not None:
+        metrics_listener["address"] = _socket_address(metrics)
     if admin is not None:
         config["admin"]["address"] = _socket_address(admin)
+        clusters["admin"] = [admin]
     by_name = {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
-    for name, addresses in (clusters or {}).items():
+    for name, addresses in clusters.items():
         endpoints = [{"endpoint": {"address": _socket_address(address)}} for address in addresses]
         by_name[name]["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
     if tls_folder is not None:
-        config["static_resources"]["listeners"].append(_with_tls(listener, tls_folder))
+        config["static_resources"]["listeners"].append(_with_tls(edge, tls_folder))
     return config
 
 

@@ -1,4 +1,4 @@
-"""Asking a server whether it is ready. In containers: `python -m deploy.local.probe KIND TARGET`."""
+"""Asking a server whether it is ready; in containers `python -m deploy.local.probe KIND TARGET`."""
 
 import socket
 import sys

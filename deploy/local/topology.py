@@ -282,9 +282,10 @@ def envoy(
         found = [spec for spec in services if spec.name.startswith(f"{component}-")]
         return [Address(HOST, spec.ports[port]) for spec in found]
 
-    url, admin_port = http_url(deployment), take_port()
+    url, admin_port, metrics_port = http_url(deployment), take_port(), take_port()
     config = configuration(
         listen=Address(HOST, deployment.http_port),
+        metrics=Address(HOST, metrics_port),
         admin=Address(HOST, admin_port),
         clusters={
             "frontend_rest": addresses("frontend", "http"),
@@ -299,7 +300,7 @@ def envoy(
     return ProcessSpec(
         name="envoy-0",
         command=tuple(command),
-        ports={"http": deployment.http_port, "admin": admin_port},
+        ports={"http": deployment.http_port, "admin": admin_port, "metrics": metrics_port},
         address=url,
         probes=(
             Probe(kind="http", target=f"http://{HOST}:{admin_port}/ready"),
