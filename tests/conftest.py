@@ -1,5 +1,12 @@
 """Fixtures for all tests."""
 
+import os
+from pathlib import Path
+
 from tests.fixtures.servers import etcd_server, nats_server, start_etcd, start_nats
 
 __all__ = ["etcd_server", "nats_server", "start_etcd", "start_nats"]
+
+# For processes that tests start.
+_ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), str(_ROOT / "build" / "proto")])

@@ -74,12 +74,13 @@ async def _ask_all(
             await table.was_read.wait()
         instances = list(table.values())
     names = {instance.instance_id: instance.name for instance in instances}
-    indexers = sorted(
-        (instance.name, instance.address)
-        for instance in instances
+    # One that was killed and started again is listed twice until the first one's lease ends.
+    indexers = {
+        instance.address: instance.name
+        for instance in sorted(instances, key=lambda instance: instance.name)
         if instance.role == discovery_pb2.ROLE_KV_INDEXER
-    )
-    asked = (ask(name, address, timeout_seconds) for name, address in indexers)
+    }
+    asked = (ask(name, address, timeout_seconds) for address, name in indexers.items())
     return list(await asyncio.gather(*asked)), names
 
 

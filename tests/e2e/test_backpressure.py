@@ -177,8 +177,8 @@ async def test_what_clients_do_not_read_costs_little_and_delays_nobody(
                 while not await is_engine_done():  # noqa: ASYNC110 - another process's
                     await asyncio.sleep(0.1)
 
-            # All tokens are there, and the requests still wait for their readers.
-            assert await in_flight() >= STALLED_STREAMS
+            # All tokens are there, and wait for their readers: in chunks as long as the load has
+            # made them, so that how many answers fit into the kernel's buffers can't be told.
             grown = {
                 service: resident_bytes(deployment, service) - was
                 for service, was in before.items()
