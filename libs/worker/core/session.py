@@ -16,6 +16,9 @@ from libs.worker.core import wire
 from switchgear.common.v1 import outputs_pb2
 from switchgear.worker.v1 import worker_pb2
 
+MUCH_PREFILL_TOKENS = 512
+"""A change of the queue by which another worker may be the better one."""
+
 Handle = int
 """The client's name for a request, unique within its session."""
 
@@ -121,9 +124,11 @@ class Session:
         """Called once after a step put something in."""
         self._touch()
 
-    def load_changed(self, load: EngineLoad) -> None:
-        """Lets an idle client know what others made of the worker."""
-        if load != self._load_sent:
+    def load_changed(self, load: EngineLoad, *, is_any_told: bool) -> None:
+        """Lets an idle client know what others made of the worker. Without `is_any_told` only if it
+        matters for whether the worker gets the next request."""
+        sent = self._load_sent
+        if load != sent and (is_any_told or sent is None or _is_much(sent, load)):
             self._touch()
 
     def repeat_load(self) -> None:
@@ -163,6 +168,17 @@ class Session:
         self._credit.sent()
         self._load_sent = load
         return response
+
+
+def _is_much(before: EngineLoad, now: EngineLoad) -> bool:
+    """Whether one or two requests have come or gone; of many, a sixteenth."""
+    requests = before.running_requests + before.waiting_requests
+    change = abs(now.running_requests + now.waiting_requests - requests)
+    if change > requests // 16:
+        return True
+    if abs(now.queued_prefill_tokens - before.queued_prefill_tokens) >= MUCH_PREFILL_TOKENS:
+        return True
+    return abs(now.active_kv_blocks - before.active_kv_blocks) > now.total_kv_blocks // 64
 
 
 def _with_logprobs(

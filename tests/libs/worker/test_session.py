@@ -92,9 +92,36 @@ def test_an_idle_client_hears_of_a_changed_load_once() -> None:
     session.flush()
     session.take(load)
     woken.clear()
-    session.load_changed(LOAD)
+    session.load_changed(LOAD, is_any_told=True)
     assert not woken
-    session.load_changed(EngineLoad(9, 9, 9, 9, 9))
+    session.load_changed(EngineLoad(9, 9, 9, 9, 9), is_any_told=True)
+    assert woken
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_told"),
+    [
+        (EngineLoad(0, 0, 0, 0, 1000), EngineLoad(0, 1, 0, 0, 1000), True),
+        (EngineLoad(1, 0, 0, 0, 1000), EngineLoad(0, 0, 0, 0, 1000), True),
+        (EngineLoad(100, 0, 0, 0, 1000), EngineLoad(100, 3, 0, 0, 1000), False),
+        (EngineLoad(100, 0, 0, 0, 1000), EngineLoad(100, 7, 0, 0, 1000), True),
+        (EngineLoad(1, 0, 900, 0, 1000), EngineLoad(1, 0, 800, 0, 1000), False),
+        (EngineLoad(1, 0, 900, 0, 1000), EngineLoad(1, 0, 0, 0, 1000), True),
+        (EngineLoad(1, 0, 0, 100, 1000), EngineLoad(1, 0, 0, 110, 1000), False),
+        (EngineLoad(1, 0, 0, 100, 1000), EngineLoad(1, 0, 0, 150, 1000), True),
+    ],
+)
+def test_an_idle_client_hears_soon_of_what_matters_and_later_of_the_rest(
+    before: EngineLoad, after: EngineLoad, is_told: bool
+) -> None:
+    woken: list[int] = []
+    session = Session(lambda: woken.append(1), 9)
+    session.flush()
+    session.take(lambda: before)
+    woken.clear()
+    session.load_changed(after, is_any_told=False)
+    assert bool(woken) is is_told
+    session.load_changed(after, is_any_told=True)
     assert woken
 
 
