@@ -109,6 +109,22 @@ async def test_a_killed_frontend_is_survived() -> None:
     await asyncio.to_thread(docker, "start", victim)
 
 
+async def test_an_envoy_that_is_stopped_lets_streams_end() -> None:
+    [envoy] = containers("envoy")
+    async with httpx.AsyncClient(base_url=URL, timeout=60) as client:
+        stopping, text = None, ""
+        async for event in stream(client, chat(300)):
+            text += text_of(event)
+            if text and stopping is None:
+                stopping = asyncio.create_task(
+                    asyncio.to_thread(docker, "stop", "--time=40", envoy)
+                )
+    assert stopping is not None
+    await stopping
+    assert docker("inspect", "--format={{.State.ExitCode}}", envoy) == ["0"]
+    docker("start", envoy)
+
+
 @pytest.mark.skipif(
     len(containers(DECODE_WORKER)) < 2, reason="with one decode worker its death ends a stream"
 )

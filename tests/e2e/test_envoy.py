@@ -47,11 +47,13 @@ async def channel(deployment: Running) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-def requests_of(deployment: Running, frontend: str) -> float:
+async def metric(deployment: Running, frontend: str, name: str) -> float:
+    """The sum of a metric's samples of one frontend."""
     port = deployment.cluster.process(frontend).spec.ports["http"]
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
-    samples = [line for line in text.splitlines() if "frontend_requests_total{" in line]
-    return sum(float(line.rpartition(" ")[2]) for line in samples if 'endpoint="chat"' in line)
+    async with httpx.AsyncClient(timeout=10) as client:
+        text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    samples = [line for line in text.splitlines() if line.startswith(name)]
+    return sum(float(line.rpartition(" ")[2]) for line in samples)
 
 
 async def test_the_official_client_streams_through_envoy(deployment: Running) -> None:
@@ -96,7 +98,8 @@ async def test_grpc_generates_on_the_same_port(
 
 
 async def test_calls_of_one_connection_are_spread_over_the_frontends(deployment: Running) -> None:
-    before = [requests_of(deployment, name) for name in FRONTENDS]
+    tokens = "switchgear_frontend_completion_tokens_total"
+    before = [await metric(deployment, name, tokens) for name in FRONTENDS]
     async with httpx.AsyncClient(base_url=deployment.url, timeout=30) as client:
         for _ in range(20):
             body = {
@@ -105,7 +108,7 @@ async def test_calls_of_one_connection_are_spread_over_the_frontends(deployment:
                 "max_tokens": 1,
             }
             (await client.post("/v1/chat/completions", json=body)).raise_for_status()
-    after = [requests_of(deployment, name) for name in FRONTENDS]
+    after = [await metric(deployment, name, tokens) for name in FRONTENDS]
     assert all(new > old for old, new in zip(before, after, strict=True))
 
 
@@ -163,15 +166,19 @@ async def test_of_two_frontends_one_may_die(deployment: Running) -> None:
     body = {
         "model": deployment.model,
         "messages": [{"role": "user", "content": "hello"}],
-        "max_tokens": 20,
+        "max_tokens": 100,
     }
-    async with httpx.AsyncClient(base_url=deployment.url, timeout=30) as client:
+
+    async def is_busy() -> bool:
+        return await metric(deployment, "frontend-0", "switchgear_frontend_in_flight_requests") > 0
+
+    async with httpx.AsyncClient(base_url=deployment.url, timeout=60) as client:
 
         async def one() -> int:
             return (await client.post("/v1/chat/completions", json=body)).status_code
 
         running_ones = [asyncio.create_task(one()) for _ in range(20)]
-        await asyncio.sleep(0.2)  # On both of them by now, most without their first token.
+        await eventually(is_busy)
         deployment.cluster.kill("frontend-0", signal.SIGKILL)
         # Nothing of an answer had come yet, so they are asked again, of the other one.
         assert await asyncio.gather(*running_ones) == [200] * 20
