@@ -1,0 +1,17 @@
+"""Where the repository differs from what follows from its imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.delivery import build_files, targets
+
+
+def outdated(root: Path) -> dict[Path, str | None]:
+    """What must be written to each file, or None for one that must go. Empty when all agrees."""
+    found = build_files.written(root)
+    expected = build_files.build_files(root, targets.read(root))
+    changes: dict[Path, str | None] = {
+        path: text for path, text in expected.items() if found.get(path) != text
+    }
+    return changes | dict.fromkeys(found.keys() - expected.keys())
