@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deploy.delivery import imports
-from deploy.delivery.targets import SERVICE, SUPPORT, Graph, Target
+from deploy.delivery.targets import SERVICE, Graph, Target
 
 HEADER = "# Written from the imports by `make build-files`; changes by hand are lost.\n"
 
