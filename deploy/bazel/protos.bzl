@@ -19,7 +19,8 @@ def python_protos(name, srcs, deps = []):
 
     native.filegroup(
         name = name + "_sources",
-        srcs = srcs + [Label(dep).relative(":" + Label(dep).name + "_sources") for dep in deps],
+        # A target of this rule is named as its folder, so its label is the folder alone.
+        srcs = srcs + ["%s:%s_sources" % (dep, dep.split("/")[-1]) for dep in deps],
     )
     generated = [
         src[:-len(".proto")] + suffix
