@@ -24,6 +24,9 @@ CALLS = Gauge(
 MAX_MESSAGE_BYTES = 64 << 20
 """A prompt of a million tokens is some 4 MB; nothing sane is larger than this."""
 
+ALIVE = "alive"
+"""What health checks name to learn whether the process answers at all, drained or not."""
+
 _BOTH_ENDS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -107,6 +110,7 @@ async def serving(
         raise OSError(f"can't listen on {host}:{port}: {error}") from error
     running = GrpcServer(server, bound, servicer, service_names)
     await running.set_serving(False)
+    await servicer.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
     try:
         yield running
