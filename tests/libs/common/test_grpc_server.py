@@ -9,9 +9,10 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from libs.common.errors import DeadlineExceeded
-from libs.common.grpc_server import CHANNEL_OPTIONS, end_with, serving
+from libs.common.grpc_server import ALIVE, CHANNEL_OPTIONS, end_with, serving
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
 BRISK_OPTIONS = [
@@ -88,3 +89,21 @@ async def test_an_error_that_nobody_is_there_to_hear_ends_the_call_quietly() -> 
     context: Any = Gone()
     with pytest.raises(asyncio.CancelledError):
         await end_with(context, "/service/Method", DeadlineExceeded("the deadline passed"))
+
+
+async def test_a_server_is_alive_whether_it_takes_requests_or_not() -> None:
+    async with (
+        serving("127.0.0.1", 0, lambda _: None, [], grace_seconds=0) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def health(service: str) -> int:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            return int(answer.status)
+
+        serving_status = health_pb2.HealthCheckResponse.SERVING
+        for is_serving in (False, True, False):
+            await server.set_serving(is_serving)
+            assert (await health("") == serving_status) is is_serving
+            assert await health(ALIVE) == serving_status
