@@ -38,7 +38,7 @@ def build_files(root: Path, graph: Graph) -> dict[Path, str]:
                 parts = _tests(targets, graph, hosted)
             case _:
                 parts = _library(targets[0], graph)
-        texts[folder / "BUILD"] = HEADER + "\n".join(parts)
+        texts[folder / "BUILD"] = f"{HEADER}\n" + "\n".join(parts)
     return texts
 
 
@@ -126,12 +126,11 @@ def _visibility(target: Target) -> list[str]:
 
 def _tests(targets: Sequence[Target], graph: Graph, hosted: _HostTests) -> Iterator[str]:
     tests = [target for target in targets if target.is_test]
-    loads = []
-    if tests:
-        loads.append('load("//deploy/bazel:pytest.bzl", "pytest_test")\n')
     if len(tests) < len(targets):
-        loads.append(f'load("{_PYTHON_RULES}", "py_library")\n')
-    yield "".join(loads)
+        yield f'load("{_PYTHON_RULES}", "py_library")'
+    if tests:
+        yield 'load("//deploy/bazel:pytest.bzl", "pytest_test")'
+    yield ""
     for target in targets:
         if target.is_test:
             yield _rule(
@@ -152,7 +151,7 @@ def _tests(targets: Sequence[Target], graph: Graph, hosted: _HostTests) -> Itera
 
 
 def _dependencies(target: Target, graph: Graph) -> str:
-    return _listed(sorted(needed.label for needed in graph.needs[target]))
+    return _listed([needed.label for needed in sorted(graph.needs[target])])
 
 
 def _rule(rule: str, **attributes: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -105,13 +104,11 @@ def test_objects_are_valid_by_kubernetes_schemas(
 
 
 @every_service
-def test_the_service_accepts_its_settings(component: str) -> None:
-    settings = config.load(
-        SETTINGS[component],
-        [],
-        dict(environment(component, rendered(component))),
-        component,
-    )
+def test_the_service_accepts_its_settings(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = dict(environment(component, rendered(component)))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    settings = config.load(SETTINGS[component], [], env, component)
     assert settings.reachable_host == "10.0.0.1"
 
 
@@ -158,6 +155,6 @@ def test_a_chart_without_a_service_is_refused() -> None:
         chart().render({}, name="nothing")
 
 
-def test_values_files_are_named_as_what_they_start() -> None:
-    for path in sorted(Path(CHART / "values").iterdir()):
-        assert yaml.safe_load(path.read_text())["component"] == path.stem
+@every_service
+def test_values_files_are_named_as_what_they_start(component: str) -> None:
+    assert values(component)["component"] == component
