@@ -22,23 +22,30 @@ if timeout "${PULL_SECONDS:-120}" docker pull -q "$official" > /dev/null 2>&1; t
 fi
 
 say "$official cannot be pulled: making a base for tests"
-wanted=build/compose/wanted.txt
-mkdir -p build/compose
+mkdir -p build/compose/wanted
+rm -f build/compose/wanted/*
+# Each list by itself: an engine's lock may have another version of a tool.
+for lock in requirements/services.txt "$@"; do
+    grep -Eo '^[a-z0-9._-]+==[^ ]+' "$lock" > "build/compose/wanted/$(basename "$lock")"
+done
 {
-    cat requirements/services.txt deploy/envoy/requirements.in "$@"
+    grep -Eo '^[a-z0-9._-]+==[^ ]+' deploy/envoy/requirements.in
     grep -E '^(grpcio-tools|setuptools)==' requirements/dev.txt
     sed -n 's/^_REQUIREMENT = "\(.*\)"$/\1/p' deploy/local/default_model.py
-} | grep -E '^[a-z0-9._-]+==[^ ]+' -o | sort -u > "$wanted"
-name=switchgear-test-base:$(cksum < "$wanted" | cut -d ' ' -f 1)
+} > build/compose/wanted/tools.txt
+name=switchgear-test-base:$(cat build/compose/wanted/* | cksum | cut -d ' ' -f 1)
 if docker image inspect "$name" > /dev/null 2>&1; then
     echo "$name"
     exit 0
 fi
 
-say "collecting $(wc -l < "$wanted") wheels with pip as it is set up here"
+say "collecting wheels with pip as it is set up here"
 wheels=build/compose/context/wheels
+rm -rf build/compose/context
 mkdir -p "$wheels"
-"$python" -m pip wheel -qq --no-deps --find-links "$wheels" --wheel-dir "$wheels" -r "$wanted" >&2
+for list in build/compose/wanted/*; do
+    "$python" -m pip wheel -qq --no-deps --wheel-dir "$wheels" -r "$list" >&2
+done
 
 plain=switchgear-test-debian:bookworm
 if ! docker image inspect "$plain" > /dev/null 2>&1; then

@@ -47,6 +47,24 @@ def test_only_the_frontends_share_a_port() -> None:
     assert {spec.ports["http"] for spec in made.values() if "http" in spec.ports} == {8000}
 
 
+def test_envoy_has_the_port_and_knows_all_frontends_and_routers() -> None:
+    made = specs(frontends=2, routers=2, envoy=True)
+    envoy = made["envoy-0"]
+    assert envoy.ports["http"] == 8000
+    frontends = [made[name] for name in ("frontend-0", "frontend-1")]
+    assert len({8000, *(spec.ports["http"] for spec in frontends)}) == 3
+    for port in [spec.ports[kind] for spec in frontends for kind in ("http", "grpc")]:
+        assert f'"port_value": {port}}}' in flag(envoy, "--config-yaml")
+    for name in ("router-0", "router-1"):
+        port = made[name].ports["grpc"]
+        assert f'"port_value": {port}}}' in flag(envoy, "--config-yaml")
+
+
+def test_envoy_outlives_the_frontends_so_that_it_can_say_that_they_are_gone() -> None:
+    made = specs(envoy=True)
+    assert made["router-0"].stage < made["envoy-0"].stage < made["frontend-0"].stage
+
+
 def test_every_service_is_told_its_name_and_where_etcd_is() -> None:
     made = specs()
     services = [spec for name, spec in made.items() if name not in ("etcd-0", "nats-0")]
