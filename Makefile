@@ -23,6 +23,7 @@ DECODE ?= 1
 FRONTENDS ?= 1
 ROUTERS ?= 1
 INDEXERS ?= 1
+ENVOY ?=
 HTTP_PORT ?= 8000
 KV_CACHE_BYTES ?= 0
 MAX_MODEL_LEN ?= 0
@@ -53,6 +54,7 @@ help: ## list the targets
 	@echo "Settings of make up, with their defaults:"
 	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
+	@echo "  ENVOY=1 (Envoy at HTTP_PORT, in front of all)"
 	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
 	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
 
@@ -85,6 +87,10 @@ check: $(proto_stamp) ## lint, format check, types, contracts
 	.venv/bin/ruff format --check $(code)
 	.venv/bin/mypy $(code)
 	.venv/bin/buf lint
+	@scripts/breaking.sh
+
+build-files: $(env_stamp) $(proto_stamp) ## write BUILD files and workflows anew from the imports
+	@.venv/bin/python -m deploy.delivery
 
 model: $(env_stamp) ## make the default model (SmolLM2-135M-Instruct) in the cache
 	@$(launcher) model
@@ -95,11 +101,17 @@ test: $(env_stamp) $(vllm_stamp) $(proto_stamp) model ## run all tests, real eng
 test-fast: $(env_stamp) $(proto_stamp) ## run the tests that load no real engine
 	.venv/bin/pytest -m "not vllm" $(PYTEST_ARGS)
 
+test-bazel: $(env_stamp) ## build everything with Bazel, and run the tests that need no servers
+	@scripts/test_bazel.sh
+
+test-compose: $(env_stamp) $(proto_stamp) ## build the images and try docker-compose.yml on a real Docker engine
+	@scripts/test_compose.sh
+
 up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
 	@exec $(launcher) up --engine $(ENGINE) --model "$(MODEL)" --dtype $(DTYPE) \
 	    --prefill $(PREFILL) --decode $(DECODE) --frontends $(FRONTENDS) --routers $(ROUTERS) \
 	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) --kv-cache-bytes $(KV_CACHE_BYTES) \
-	    --max-model-len $(MAX_MODEL_LEN) \
+	    --max-model-len $(MAX_MODEL_LEN) $(if $(ENVOY),--envoy) \
 	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(DETACH),--detach)
 
 down: ## stop everything
