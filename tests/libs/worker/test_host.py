@@ -62,8 +62,8 @@ async def test_who_stays_hears_of_the_load_that_only_another_session_was_told() 
         idle = host.engine.load()
         assert staying.take(lambda: idle) is not None
         assert leaving.take(lambda: replace(idle, running_requests=1)) is not None
-        staying.load_changed(idle)
+        staying.load_changed(idle, is_any_told=True)
         assert staying.take(lambda: idle) is None
         host.close(leaving)
-        staying.load_changed(idle)
+        staying.load_changed(idle, is_any_told=True)
         assert staying.take(lambda: idle) is not None
