@@ -123,6 +123,11 @@ class Completion:
         """The last text has been read."""
         return bool(self.finish_reason)
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty when none did."""
+        return self._matcher.stop_string if self._matcher is not None else ""
+
     async def read(self) -> str:
         """Waits for tokens; their text, which may be empty.
 

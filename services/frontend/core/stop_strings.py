@@ -19,17 +19,21 @@ class StopMatcher:
         self._patterns = [(stop, _borders(stop)) for stop in stop_strings]
         self._matched = [0] * len(self._patterns)
         self._held = ""
-        self.is_stopped = False
-        """A stop string was found. Nothing may be fed any more."""
+        self.stop_string = ""
+        """The one that was found, after which nothing may be fed any more; empty before."""
+
+    @property
+    def is_stopped(self) -> bool:
+        return bool(self.stop_string)
 
     def feed(self, piece: str) -> str:
         """The text that is now certain to be before any stop string."""
         text = self._held + piece
         for end in range(len(self._held), len(text)):
             if longest := self._advance(text[end]):
-                self.is_stopped = True
+                self.stop_string = longest
                 self._held = ""
-                return text[: end + 1 - (0 if self._keeps_stop else longest)]
+                return text[: end + 1 - (0 if self._keeps_stop else len(longest))]
         certain = len(text) - (0 if self._keeps_stop else max(self._matched, default=0))
         self._held = text[certain:]
         return text[:certain]
@@ -40,9 +44,9 @@ class StopMatcher:
         self._matched = [0] * len(self._patterns)
         return held
 
-    def _advance(self, character: str) -> int:
-        """Takes one character; the length of the longest stop string that it completes, or 0."""
-        longest = 0
+    def _advance(self, character: str) -> str:
+        """Takes one character; the longest stop string that it completes, or an empty one."""
+        longest = ""
         for index, (stop, borders) in enumerate(self._patterns):
             matched = self._matched[index]
             while matched and stop[matched] != character:
@@ -50,7 +54,7 @@ class StopMatcher:
             if stop[matched] == character:
                 matched += 1
             if matched == len(stop):
-                longest = max(longest, matched)
+                longest = max(longest, stop, key=len)
                 matched = borders[-1]
             self._matched[index] = matched
         return longest

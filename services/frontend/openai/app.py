@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,23 +17,30 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from libs.common.errors import SwitchgearError
 from services.frontend.access import Caller
+from services.frontend.anthropic import body as messages_body
+from services.frontend.anthropic.body import MessagesBody, PromptBody
+from services.frontend.anthropic.errors import error_response
+from services.frontend.anthropic.messages import MessagesDialect, count_tokens
 from services.frontend.core.model_table import KnownModel
+from services.frontend.openai import responses_body
 from services.frontend.openai.body import BodyReader
+from services.frontend.openai.dialect import CHAT, TEXT, Dialect
+from services.frontend.openai.embeddings import embedding_model, no_embeddings
 from services.frontend.openai.errors import (
     ApiError,
     api_error_of,
-    error_response,
     internal_error,
 )
 from services.frontend.openai.exchange import ExchangeRecorder, exchange_of
-from services.frontend.openai.formats import ChatFormat, TextFormat
 from services.frontend.openai.gate import AccessGate
 from services.frontend.openai.generation import GenerationResponse
 from services.frontend.openai.page import TITLE, openapi_page
+from services.frontend.openai.responses import ResponsesDialect
+from services.frontend.openai.responses_body import ResponsesBody
 from services.frontend.openai.routing_headers import routing_options
 from services.frontend.openai.schema import ChatBody, CompletionBody, checked, parse
 from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
-from services.frontend.pipeline import Pipeline
+from services.frontend.pipeline import Pipeline, Prompt
 
 
 class _Endpoint:
@@ -57,36 +64,71 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
     app.openapi = openapi_page  # type: ignore[method-assign]
     bodies = BodyReader(pipeline.settings)
 
-    async def chat_completions(request: Request) -> Response:
-        body = parse(ChatBody, await bodies.json_of(request))
-        _check_number("n", body.n, pipeline.settings.max_choices)
+    def generation(
+        request: Request,
+        body: ChatBody | CompletionBody,
+        prompts: Sequence[Prompt],
+        dialect: Dialect,
+    ) -> Response:
         return GenerationResponse(
             pipeline,
             body,
-            [body.chat()],
-            ChatFormat,
+            prompts,
+            dialect,
             traceparent=_traceparent(request),
             routing=routing_options(request.scope["headers"]),
         )
+
+    async def chat_completions(request: Request) -> Response:
+        body = parse(ChatBody, await bodies.json_of(request))
+        _check_number("n", body.n, pipeline.settings.max_choices)
+        return generation(request, body, [body.chat()], CHAT)
 
     async def completions(request: Request) -> Response:
         body = parse(CompletionBody, await bodies.json_of(request))
         _check_number("prompt", len(body.prompt), pipeline.settings.max_prompts)
         _check_number("n", len(body.prompt) * body.n, pipeline.settings.max_choices)
-        return GenerationResponse(
-            pipeline,
-            body,
-            body.prompt,
-            TextFormat,
-            traceparent=_traceparent(request),
-            routing=routing_options(request.scope["headers"]),
+        return generation(request, body, body.prompt, TEXT)
+
+    async def responses(request: Request) -> Response:
+        fields = await bodies.json_of(request)
+        body = checked(
+            ResponsesBody, fields, neutral=responses_body.NEUTRAL, ignored=responses_body.IGNORED
         )
+        chat = body.chat()
+        return generation(request, chat, [chat.chat()], ResponsesDialect(body))
+
+    async def messages(request: Request) -> Response:
+        fields = await bodies.json_of(request)
+        body = checked(
+            MessagesBody, fields, neutral=messages_body.NEUTRAL, ignored=messages_body.IGNORED
+        )
+        chat = body.chat()
+        dialect = MessagesDialect(exchange_of(request.scope).request_id)
+        return generation(request, chat, [chat.chat()], dialect)
 
     # First, since routes are tried in order.
     app.router.routes[:0] = [
         Route("/v1/chat/completions", _Endpoint(chat_completions), methods=["POST"]),
         Route("/v1/completions", _Endpoint(completions), methods=["POST"]),
+        Route("/v1/responses", _Endpoint(responses), methods=["POST"]),
+        Route("/v1/messages", _Endpoint(messages), methods=["POST"]),
     ]
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens_(request: Request) -> Response:
+        fields = await bodies.json_of(request)
+        body = checked(
+            PromptBody, fields, neutral=messages_body.NEUTRAL, ignored=messages_body.IGNORED
+        )
+        return _json(await count_tokens(pipeline, _caller(request), body))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        name = embedding_model(await bodies.json_of(request))
+        exchange_of(request.scope).model = pipeline.models.canonical_name(name)
+        pipeline.model_for(_caller(request), name)
+        raise no_embeddings(name)
 
     @app.post("/tokenize")
     async def tokenize_(request: Request) -> Response:
@@ -159,11 +201,11 @@ def _check_number(param: str, number: int, limit: int) -> None:
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error)
+        return error_response(error, request.scope)
 
     @app.exception_handler(SwitchgearError)
     async def on_switchgear_error(request: Request, error: SwitchgearError) -> Response:
-        return error_response(api_error_of(error))
+        return error_response(api_error_of(error), request.scope)
 
     @app.exception_handler(HTTPException)
     async def on_routing_error(request: Request, error: HTTPException) -> Response:
@@ -174,7 +216,8 @@ def _answer_errors(app: FastAPI) -> None:
             else (f"Unknown request URL: {where}", "unknown_url")
         )
         headers = dict(error.headers or {})
-        return error_response(ApiError(error.status_code, message, code=code, headers=headers))
+        refusal = ApiError(error.status_code, message, code=code, headers=headers)
+        return error_response(refusal, request.scope)
 
     @app.exception_handler(ClientDisconnect)
     async def on_client_left(request: Request, error: ClientDisconnect) -> Response:
@@ -183,7 +226,7 @@ def _answer_errors(app: FastAPI) -> None:
     # Starlette raises the exception again afterwards, so that the server logs it.
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        return error_response(internal_error())
+        return error_response(internal_error(), request.scope)
 
 
 def _json(fields: dict[str, Any]) -> Response:

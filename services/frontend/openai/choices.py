@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from services.frontend.completion import Completion
 from services.frontend.core.logprobs import TokenLogprobs
-from services.frontend.openai.formats import Format
+from services.frontend.openai.formats import ChoiceShape
 
 ReadT = TypeVar("ReadT")
 
@@ -38,7 +38,7 @@ class Choice:
     def __init__(
         self,
         completion: Completion,
-        shape: Format,
+        shape: ChoiceShape,
         *,
         echoed: Sequence[str] | None,
         has_logprobs: bool,

@@ -26,14 +26,16 @@ def _json_of(schema: dict[str, Any] | str) -> str:
         raise ValueError(f"not a JSON schema: {error}") from None
 
 
-_JsonSchema = Annotated[dict[str, Any] | str, AfterValidator(_json_of)]
+JsonSchema = Annotated[dict[str, Any] | str, AfterValidator(_json_of)]
 """As JSON, once validated. Whether it is a schema that can be followed is for the engine to say."""
 
 
-class _NamedSchema(Strict):
+class NamedSchema(Strict):
+    """A JSON schema and what goes with it."""
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    json_schema: Annotated[_JsonSchema, Field(alias="schema")]
+    json_schema: Annotated[JsonSchema, Field(alias="schema")]
     strict: bool | None = None
     """Makes no difference: a schema is always followed."""
 
@@ -42,7 +44,7 @@ class ResponseFormat(Strict):
     """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _NamedSchema | None = None
+    json_schema: NamedSchema | None = None
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
@@ -60,7 +62,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's `structured_outputs`: exactly one of its fields."""
 
-    json_schema: Annotated[_JsonSchema | None, Field(alias="json")] = None
+    json_schema: Annotated[JsonSchema | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
     regex: _Text | None = None
     choice: _Choices | None = None
@@ -95,7 +97,7 @@ class ConstrainedBody(Strict):
 
     # vLLM's extensions, the newer one and those that it replaces.
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _JsonSchema | None = None
+    guided_json: JsonSchema | None = None
     guided_regex: _Text | None = None
     guided_choice: _Choices | None = None
     guided_grammar: _Text | None = None

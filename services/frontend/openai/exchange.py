@@ -19,6 +19,10 @@ _CLIENT_LEFT = 499
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+    "/v1/messages/count_tokens": "count_tokens",
+    "/v1/embeddings": "embeddings",
     "/v1/models": "models",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",

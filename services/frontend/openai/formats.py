@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import orjson
 
@@ -38,10 +38,12 @@ class Answer:
     """In seconds since 1970."""
     service_tier: str | None = None
     """None when the caller did not ask for one."""
+    usage: Callable[[], dict[str, Any]]
+    """So far; as chat completions have it."""
     includes_usage: bool = False
     """Whether a stream ends with the usage."""
-    usage_so_far: Callable[[], dict[str, Any]] | None = None
-    """For every chunk of a stream, when it is asked for."""
+    includes_usage_so_far: bool = False
+    """Whether every chunk of a stream has it."""
 
     def head(self, kind: str) -> dict[str, Any]:
         """The fields at the start of every object of the answer."""
@@ -54,8 +56,26 @@ class Answer:
         return head if self.service_tier is None else head | {"service_tier": "default"}
 
 
-class Format(ABC):
+class ChoiceShape(Protocol):
     """The bytes of one choice of an answer."""
+
+    def first_chunk(self) -> bytes:
+        """What comes before any text."""
+
+    def text_chunk(self, text: str, logprobs: Sequence[TokenLogprobs] | None = None) -> bytes:
+        """New text."""
+
+    def last_chunk(self, completion: Completion) -> bytes:
+        """What comes after the last text."""
+
+    def whole(
+        self, text: str, logprobs: Sequence[TokenLogprobs] | None, completion: Completion
+    ) -> dict[str, Any]:
+        """The choice of an answer that is not streamed."""
+
+
+class Format(ABC):
+    """A choice in the chunks of chat and completions."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -65,7 +85,7 @@ class Format(ABC):
         self._answer = answer
         self._index = index
         self._head = answer.head(self.chunk_object)
-        self._is_plain = answer.usage_so_far is None
+        self._is_plain = not answer.includes_usage_so_far
         before, after = self._chunk(self._part(_SPLIT), None).split(orjson.dumps(_SPLIT))
         self._before_text, self._after_text = before, after
 
@@ -126,8 +146,8 @@ class Format(ABC):
             "finish_reason": finish_reason,
         }
         chunk = self._head | {"choices": [choice]}
-        if self._answer.usage_so_far is not None:
-            chunk["usage"] = self._answer.usage_so_far()
+        if self._answer.includes_usage_so_far:
+            chunk["usage"] = self._answer.usage()
         elif self._answer.includes_usage:
             chunk["usage"] = None
         return _event(chunk)
@@ -172,18 +192,16 @@ class TextFormat(Format):
         return text_logprobs(found, self._answer.model.tokenizer)
 
 
-def end_chunks(answer: Answer, kind: str, usage: Callable[[], dict[str, Any]]) -> bytes:
+def end_chunks(answer: Answer, kind: str) -> bytes:
     """What ends a stream that went well."""
     if not answer.includes_usage:
         return DONE
-    return _event(answer.head(kind) | {"choices": [], "usage": usage()}) + DONE
+    return _event(answer.head(kind) | {"choices": [], "usage": answer.usage()}) + DONE
 
 
-def whole_answer(
-    answer: Answer, kind: str, choices: Sequence[dict[str, Any]], usage: dict[str, Any]
-) -> bytes:
+def whole_answer(answer: Answer, kind: str, choices: Sequence[dict[str, Any]]) -> bytes:
     """The body of an answer that is not streamed."""
-    return orjson.dumps(answer.head(kind) | {"choices": choices, "usage": usage})
+    return orjson.dumps(answer.head(kind) | {"choices": choices, "usage": answer.usage()})
 
 
 def error_event(body: bytes) -> bytes:

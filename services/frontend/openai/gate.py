@@ -6,7 +6,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from libs.common.errors import SwitchgearError
 from services.frontend.access import Access
-from services.frontend.openai.errors import api_error_of, error_response
+from services.frontend.anthropic.errors import error_response
+from services.frontend.openai.errors import api_error_of
 from services.frontend.openai.exchange import exchange_of
 
 _OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/openapi.json", "/docs"})
@@ -25,15 +26,19 @@ class AccessGate:
             try:
                 exchange_of(scope).caller = self._access.caller(_authorization(scope))
             except SwitchgearError as error:
-                response = error_response(api_error_of(error))
+                response = error_response(api_error_of(error), scope)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 def _authorization(scope: Scope) -> str:
+    """What OpenAI's clients send, or else Anthropic's key in the same form."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
+    key = ""
     for name, value in headers:
         if name == b"authorization":
             return value.decode("latin-1")
-    return ""
+        if name == b"x-api-key":
+            key = f"Bearer {value.decode('latin-1')}"
+    return key

@@ -1,4 +1,4 @@
-"""Answers to the two generating endpoints, streamed or whole.
+"""Answers to the generating endpoints, streamed or whole.
 
 Headers go out with the first tokens, so that what fails before has its own HTTP status; a stream
 that has none for long starts without.
@@ -22,18 +22,11 @@ from libs.common.errors import SwitchgearError
 from libs.common.tasks import background
 from services.frontend.completion import Completion, running
 from services.frontend.openai.choices import Choice, merged
+from services.frontend.openai.dialect import Dialect
 from services.frontend.openai.errors import api_error_of, internal_error
 from services.frontend.openai.exchange import exchange_of
-from services.frontend.openai.formats import (
-    Answer,
-    Format,
-    end_chunks,
-    error_event,
-    usage_of,
-    whole_answer,
-)
+from services.frontend.openai.formats import Answer, usage_of
 from services.frontend.openai.keep_alive import COMMENT, KeepAlive
-from services.frontend.openai.parsed_chat import ParsedChatFormat
 from services.frontend.openai.schema import ChatBody, CompletionBody
 from services.frontend.pipeline import Pipeline, Prompt, new_request_id, time_limit
 from switchgear.common.v1 import routing_pb2
@@ -56,7 +49,7 @@ class GenerationResponse(Response):
         pipeline: Pipeline,
         body: ChatBody | CompletionBody,
         prompts: Sequence[Prompt],
-        format_class: type[Format],
+        dialect: Dialect,
         *,
         traceparent: str,
         routing: routing_pb2.RoutingOptions | None,
@@ -65,8 +58,8 @@ class GenerationResponse(Response):
         self._pipeline = pipeline
         self._body = body
         self._prompts = prompts
-        self._format_class = format_class
-        self._answer_id = new_request_id(format_class.id_prefix)
+        self._dialect = dialect
+        self._answer_id = new_request_id(dialect.id_prefix)
         self._traceparent = traceparent
         self._routing = routing
         self._is_started = False
@@ -82,12 +75,12 @@ class GenerationResponse(Response):
             error.param = self._body.param_of(error.param)
             if not self._is_started:
                 raise
-            last = error_event(api_error_of(error).body)
+            last = self._dialect.error_event(api_error_of(error))
         except Exception:  # A bug, which must not look like the end of the text.
             if not self._is_started:
                 raise
             log.exception("stream failed", request_id=self._answer_id)
-            last = error_event(internal_error().body)
+            last = self._dialect.error_event(internal_error())
         # A client that never reads does not get to see its end.
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WRITE_SECONDS):
@@ -105,14 +98,14 @@ class GenerationResponse(Response):
                 model = pipeline.model_for(caller, body.model)
                 parsing = body.parsing(model) if isinstance(body, ChatBody) else None
                 completions: list[Completion] = []
-                usage = partial(usage_of, completions, body.n)
                 answer = Answer(
                     answer_id=self._answer_id,
                     model=model,
                     created=int(time.time()),
                     service_tier=body.service_tier,
+                    usage=partial(usage_of, completions, body.n),
                     includes_usage=body.includes_usage,
-                    usage_so_far=usage if body.includes_usage_so_far else None,
+                    includes_usage_so_far=body.includes_usage_so_far,
                 )
                 choices: list[Choice] = []
                 for prompt in self._prompts:
@@ -140,25 +133,22 @@ class GenerationResponse(Response):
                         )
                         completions_running.enter_context(running(completion, pipeline.metrics))
                         completions.append(completion)
-                        shape: Format
+                        parsed = None
                         if isinstance(body, ChatBody) and parsing is not None and parsing.is_needed:
                             parsed = body.choice_of(parsing, completion)
-                            shape = ParsedChatFormat(parsed, answer, index)
-                        else:
-                            shape = self._format_class(answer, index)
                         choices.append(
                             Choice(
                                 completion,
-                                shape,
+                                self._dialect.shape(answer, index, parsed),
                                 echoed=echoed,
                                 has_logprobs=body.logprob_options is not None,
                             )
                         )
                 if body.stream:
                     last = await self._stream(choices, scope, send)
-                    return last + end_chunks(answer, self._format_class.chunk_object, usage)
+                    return last + self._dialect.end_chunks(answer)
                 wholes = await _read_all(choices)
-                whole = whole_answer(answer, self._format_class.whole_object, wholes, usage())
+                whole = self._dialect.whole_answer(answer, wholes)
                 headers = [
                     (b"content-type", b"application/json"),
                     (b"content-length", str(len(whole)).encode()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -12,20 +12,25 @@ from pydantic_core import PydanticCustomError
 from services.frontend.openai.strict import Strict
 
 
-def _text_content(value: object) -> object:
-    """A text, or parts of type text, which become its paragraphs."""
+def joined_texts(value: object, fields: Mapping[str, str]) -> object:
+    """A text, or parts that hold one, which become its paragraphs. `fields` says in which field a
+    part of each type does."""
     if not isinstance(value, list):
         return value
     texts = []
     for index, part in enumerate(value):
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case {"type": str(kind)}:
-                raise ValueError(f"part {index} is of type '{kind}'; only text is supported")
-            case _:
-                raise ValueError("content must be a string or a list of parts with a type")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError("content must be a string or a list of parts with a type")
+        text = part.get(fields.get(kind, ""))
+        if not isinstance(text, str):
+            raise ValueError(f"part {index} is of type '{kind}'; only text is supported")
+        texts.append(text)
     return "\n".join(texts)
+
+
+def _text_content(value: object) -> object:
+    return joined_texts(value, {"text": "text"})
 
 
 class _FunctionCall(Strict):

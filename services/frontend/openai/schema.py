@@ -184,6 +184,13 @@ class GenerationBody(ConstrainedBody):
             return next(iter(self.constraints()), param)
         return "logprobs" if param is not None and param.startswith("logprobs.") else param
 
+    def check_together(self) -> None:
+        """What no field can tell by itself. Raises ApiError."""
+        if self.stream_options is not None and not self.stream:
+            raise _invalid("stream_options", "stream_options is only allowed when stream is true")
+        if len(given := self.constraints()) > 1:
+            raise _invalid([*given][1], f"{' and '.join(given)} can't be used together")
+
     def _options(
         self, max_tokens: int | None, max_tokens_param: str, prompt_param: str, choice: int
     ) -> GenerationOptions:
@@ -216,14 +223,14 @@ class GenerationBody(ConstrainedBody):
         )
 
 
-_MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
+MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class ChatBody(ToolBody, GenerationBody):
     """POST /v1/chat/completions."""
 
-    max_tokens: _MaxTokens | None = None
-    max_completion_tokens: _MaxTokens | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -241,6 +248,12 @@ class ChatBody(ToolBody, GenerationBody):
             )
         return found
 
+    def check_together(self) -> None:
+        self.check_tools()
+        super().check_together()
+        if self.top_logprobs and not self.logprobs:
+            raise _invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+
     def options(self, choice: int = 0) -> GenerationOptions:
         """Of one of the n choices."""
         limit, name = self.max_tokens, "max_tokens"
@@ -253,7 +266,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
-    max_tokens: _MaxTokens = 16
+    max_tokens: MaxTokens = 16
     echo: bool = False
     best_of: int | None = None
     """No more are made than are given."""
@@ -272,6 +285,15 @@ class CompletionBody(GenerationBody):
     def echoes(self) -> bool:
         return self.echo
 
+    def check_together(self) -> None:
+        super().check_together()
+        if self.best_of not in (None, self.n):
+            raise _invalid(
+                "best_of",
+                "best_of is not supported with another value than n",
+                "unsupported_parameter",
+            )
+
     def options(self, choice: int = 0) -> GenerationOptions:
         """Of one of the n choices."""
         return self._options(self.max_tokens, "max_tokens", "prompt", choice)
@@ -284,17 +306,21 @@ BodyT = TypeVar("BodyT", bound=GenerationBody)
 def parse(body: type[BodyT], fields: object) -> BodyT:
     """The checked body of a request to generate. Raises ApiError, naming the field."""
     parsed = checked(body, fields)
-    if isinstance(parsed, ChatBody):
-        parsed.check_tools()
-    _check_together(parsed)
+    parsed.check_together()
     return parsed
 
 
-def checked(body: type[ModelT], fields: object) -> ModelT:
+def checked(
+    body: type[ModelT],
+    fields: object,
+    *,
+    neutral: Mapping[str, tuple[object, ...]] = _NEUTRAL,
+    ignored: frozenset[str] = _IGNORED,
+) -> ModelT:
     """Any body whose fields hold by themselves. Raises ApiError, naming the field."""
     if not isinstance(fields, dict):
         raise ApiError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object")
-    known = _without_neutral(fields, _NEUTRAL, "")
+    known = _without_neutral(fields, neutral, "")
     messages = known.get("messages")
     if isinstance(messages, list):
         known["messages"] = [
@@ -303,7 +329,7 @@ def checked(body: type[ModelT], fields: object) -> ModelT:
             else message
             for index, message in enumerate(messages)
         ]
-    known = {name: value for name, value in known.items() if name not in _IGNORED}
+    known = {name: value for name, value in known.items() if name not in ignored}
     try:
         return body.model_validate(known)
     except ValidationError as error:
@@ -318,20 +344,6 @@ def unoffered_fields(*, of_message: bool = False) -> dict[str, dict[str, Any]]:
         name: {"enum": [None, *values], "description": "Not offered; at these values ignored."}
         for name, values in neutral.items()
     } | {name: {"description": "Accepted and ignored."} for name in sorted(ignored)}
-
-
-def _check_together(body: GenerationBody) -> None:
-    """What no field can tell by itself."""
-    if body.stream_options is not None and not body.stream:
-        raise _invalid("stream_options", "stream_options is only allowed when stream is true")
-    if len(given := body.constraints()) > 1:
-        raise _invalid([*given][1], f"{' and '.join(given)} can't be used together")
-    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
-        raise _invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true")
-    if isinstance(body, CompletionBody) and body.best_of not in (None, body.n):
-        raise _invalid(
-            "best_of", "best_of is not supported with another value than n", "unsupported_parameter"
-        )
 
 
 def _invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
@@ -362,7 +374,7 @@ def _api_error(issue: ErrorDetails) -> ApiError:
     for step in issue["loc"]:
         if isinstance(step, int):
             param += f"[{step}]"
-        else:
+        elif not step.startswith("#"):  # Which of several classes it is.
             param += f".{step}" if param else step
     match issue["type"]:
         case "missing":

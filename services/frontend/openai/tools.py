@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf
 
@@ -80,6 +80,9 @@ def _tool_choice(value: object) -> object:
 class ToolBody(Strict):
     """The fields of a chat request that are about its messages, its tools and its template."""
 
+    reasoning_param: ClassVar[str] = "reasoning_effort"
+    """What the caller's API calls it, for errors."""
+
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[_Tool] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: Annotated[InstanceOf[ToolChoice] | None, BeforeValidator(_tool_choice)] = None
@@ -117,7 +120,7 @@ class ToolBody(Strict):
         if self.reasoning_effort is not None and not tokenizer.template_has(
             "reasoning_effort", "enable_thinking"
         ):
-            raise _refused("reasoning_effort", "the model's chat template has no use for it")
+            raise _refused(self.reasoning_param, "the model's chat template has no use for it")
         if not self.tools or choice.mode == "none":
             return Parsing(model.format)
         if not tokenizer.template_has("tools"):
