@@ -276,7 +276,7 @@ async def test_a_body_of_unknown_length_is_limited_too(running: Frontend) -> Non
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("GET", "/", 404, "unknown_url"),
-        ("POST", "/v1/embeddings", 404, "unknown_url"),
+        ("POST", "/v1/images/generations", 404, "unknown_url"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("GET", "/v1/models/no/such", 404, "model_not_found"),
     ],
