@@ -54,7 +54,7 @@ class RouterSettings(ServiceSettings):
     overflow_weight: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     """Price of a token's KV beyond a worker's room. Higher: full workers are shunned more."""
 
-    session_tokens: float = Field(default=256.0, ge=0, allow_inf_nan=False)
+    session_tokens: float = Field(default=1024.0, ge=0, allow_inf_nan=False)
     """Prompt tokens that keeping a session on its worker is worth. Higher: it yields less to
     load."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -44,18 +44,38 @@ from services.frontend.pipeline import Pipeline, Prompt
 
 
 class _Endpoint:
-    """An endpoint as an ASGI application of its own.
-
-    FastAPI's handling of a request costs as much as a short answer, and these endpoints use none of
-    it: they read their body in pieces and write their answer themselves.
-    """
+    """An endpoint as an ASGI application of its own, which raises nothing but bugs."""
 
     def __init__(self, handle: Callable[[Request], Awaitable[Response]]) -> None:
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._handle(Request(scope, receive))
-        await response(scope, receive, send)
+        try:
+            response = await self._handle(Request(scope, receive))
+            await response(scope, receive, send)
+        except ClientDisconnect:
+            await _for_nobody()(scope, receive, send)
+        except Exception as error:
+            await _answer_to(error, scope)(scope, receive, send)
+            if not isinstance(error, ApiError | SwitchgearError):
+                raise
+
+
+class _Shortcut:
+    """Takes requests to generate past FastAPI.
+
+    Its handling of a request costs as much as a short answer, and these endpoints use none of it:
+    they read their body in pieces and write their answer themselves.
+    """
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, _Endpoint]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["path"])
+        app = self._app if endpoint is None or scope["method"] != "POST" else endpoint
+        await app(scope, receive, send)
 
 
 def create_app(pipeline: Pipeline) -> ASGIApp:
@@ -107,12 +127,15 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
         dialect = MessagesDialect(exchange_of(request.scope).request_id)
         return generation(request, chat, [chat.chat()], dialect)
 
-    # First, since routes are tried in order.
-    app.router.routes[:0] = [
-        Route("/v1/chat/completions", _Endpoint(chat_completions), methods=["POST"]),
-        Route("/v1/completions", _Endpoint(completions), methods=["POST"]),
-        Route("/v1/responses", _Endpoint(responses), methods=["POST"]),
-        Route("/v1/messages", _Endpoint(messages), methods=["POST"]),
+    generating = {
+        "/v1/chat/completions": _Endpoint(chat_completions),
+        "/v1/completions": _Endpoint(completions),
+        "/v1/responses": _Endpoint(responses),
+        "/v1/messages": _Endpoint(messages),
+    }
+    # For what is not a POST.
+    app.router.routes += [
+        Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()
     ]
 
     @app.post("/v1/messages/count_tokens")
@@ -184,7 +207,8 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
             return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     _answer_errors(app)
-    gated = app if pipeline.access.is_open else AccessGate(app, pipeline.access)
+    served = _Shortcut(app, generating)
+    gated = served if pipeline.access.is_open else AccessGate(served, pipeline.access)
     return ExchangeRecorder(gated, pipeline.metrics)
 
 
@@ -199,13 +223,12 @@ def _check_number(param: str, number: int, limit: int) -> None:
 
 
 def _answer_errors(app: FastAPI) -> None:
+    # Starlette raises those that are neither of these two again, so that the server logs them.
     @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error, request.scope)
-
     @app.exception_handler(SwitchgearError)
-    async def on_switchgear_error(request: Request, error: SwitchgearError) -> Response:
-        return error_response(api_error_of(error), request.scope)
+    @app.exception_handler(Exception)
+    async def on_error(request: Request, error: Exception) -> Response:
+        return _answer_to(error, request.scope)
 
     @app.exception_handler(HTTPException)
     async def on_routing_error(request: Request, error: HTTPException) -> Response:
@@ -221,12 +244,22 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def on_client_left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # Nobody is there to read it.
+        return _for_nobody()
 
-    # Starlette raises the exception again afterwards, so that the server logs it.
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> Response:
-        return error_response(internal_error(), request.scope)
+
+def _answer_to(error: Exception, scope: Scope) -> Response:
+    match error:
+        case ApiError():
+            return error_response(error, scope)
+        case SwitchgearError():
+            return error_response(api_error_of(error), scope)
+        case _:
+            return error_response(internal_error(), scope)
+
+
+def _for_nobody() -> Response:
+    """The client has left, and there is nobody to read it."""
+    return Response(status_code=499)
 
 
 def _json(fields: dict[str, Any]) -> Response:

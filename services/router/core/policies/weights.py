@@ -24,5 +24,5 @@ class Weights:
     """Price of a prompt token for each request that stands still while it is computed."""
     overflow_weight: float = 4.0
     """Price of a token's KV beyond what the worker has room for."""
-    session_tokens: float = 256.0
+    session_tokens: float = 1024.0
     """What it is worth to keep a session on its worker; a busier one loses it."""
