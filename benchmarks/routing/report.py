@@ -20,8 +20,10 @@ Ours runs the router's decisions, the KV indexer's index and the simulator's sch
 timing of Dynamo's mocker, its 16,384 blocks of 16 tokens a worker and its steps of at most 8,192
 tokens. The index learns of blocks 50 ms late, as in service. Theirs is Dynamo's own offline replay
 with its defaults, where the router learns of blocks at once. That the two simulators are alike is
-to be seen from the round-robin lines, where nothing depends on what a router knows. Policies never
-see the length of an output, nor what is still to come.
+to be seen from the round-robin lines, where nothing depends on what a router knows. With a long
+shared prompt they are not: there Dynamo's steps take longer at equal reuse, and only policies of
+one system should be compared. Policies never see the length of an output, nor what is still to
+come.
 """
 
 
