@@ -59,6 +59,10 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["json", "console"] = "json"
     """json for collectors, console for people."""
 
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://[^/:]+:\d+)?$")
+    """Collector that gets spans of sampled requests, as http://host:port, by OTLP over gRPC. Empty:
+    no tracing."""
+
     drain_seconds: float = Field(default=30.0, ge=0)
     """How long a stopping process lets running requests finish before it cuts them off."""
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
-from libs.common import config, logs
+from libs.common import config, logs, tracing
 from libs.common.config import ServiceSettings
 
 log = logs.get(__name__)
@@ -79,7 +79,8 @@ def run_service(
         await serve(settings, stop_on(signal.SIGTERM, signal.SIGINT))
 
     try:
-        uvloop.run(main())
+        with tracing.exporting(component, settings):
+            uvloop.run(main())
     except config.ConfigError as error:
         log.error("bad settings", error=str(error))
         raise SystemExit(2) from None

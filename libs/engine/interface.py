@@ -125,6 +125,8 @@ class EngineRequest:
     kv_session: KvSession | None = None
     """For the decode leg. Checked by the engine just before it pulls; what can't be pulled in
     time is computed here."""
+    traceparent: str = ""
+    """W3C trace context that the leg belongs to, for logs and spans; empty when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,10 @@ class Start:
     """Prompt tokens that this engine's own prefix cache held."""
     transferred_tokens: int
     """Prompt tokens whose KV was pulled; 0 when the engine computed the prompt itself."""
+    queue_seconds: float = field(default=0.0, compare=False)
+    """How long the request waited before the engine began with it: computed, or pulled."""
+    transfer_seconds: float = field(default=0.0, compare=False)
+    """How long its KV was being pulled after that, whether or not that came to anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,8 @@ class Prefilled:
     key: RequestKey
     kv_session: KvSession
     cached_tokens: int
+    queue_seconds: float = field(default=0.0, compare=False)
+    """As in Start."""
 
 
 @dataclass(frozen=True, slots=True)

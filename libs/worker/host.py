@@ -28,6 +28,7 @@ from libs.engine.interface import (
     RequestKey,
     Step,
 )
+from libs.worker import leg_trace, metrics
 from libs.worker.core import wire
 from libs.worker.core.session import Handle, Session
 from switchgear.worker.v1 import worker_pb2
@@ -38,12 +39,16 @@ log = logs.get(__name__)
 class _Live:
     """A request in the engine."""
 
-    __slots__ = ("deadline", "handle", "request_id", "session")
+    __slots__ = ("deadline", "handle", "leg", "prompt_tokens", "request_id", "session", "trace")
 
-    def __init__(self, session: Session, handle: Handle, request_id: str) -> None:
+    def __init__(self, session: Session, handle: Handle, request: EngineRequest) -> None:
         self.session = session
         self.handle = handle
-        self.request_id = request_id
+        self.request_id = request.request_id
+        self.leg = request.leg
+        self.prompt_tokens = len(request.prompt)
+        self.trace = leg_trace.follow(request)
+        """None when it is not sampled."""
         self.deadline: asyncio.TimerHandle | None = None
 
 
@@ -110,10 +115,11 @@ class EngineHost:
                         f"{self._max_waiting_requests} requests are waiting", retry_after_seconds=1
                     )
                 request = wire.engine_request(submit, RequestKey(next(self._keys)), self.limits)
-                live = _Live(session, handle, request.request_id)
+                live = _Live(session, handle, request)
                 if submit.HasField("timeout"):
                     self._set_deadline(live, request.key, grpc_errors.seconds_of(submit.timeout))
             except SwitchgearError as error:
+                metrics.REFUSALS.labels(error.reason).inc()
                 session.refused(handle, error)
                 continue
             session.keys[handle] = request.key
@@ -142,7 +148,11 @@ class EngineHost:
             key = session.keys.pop(handle, None) or session.kept.pop(handle, None)
             if key is not None:
                 keys.append(key)
-                self._forget(key)
+                live = self._forget(key)
+                if live is not None:
+                    metrics.request_ended(live.leg, "cancelled")
+                    if live.trace is not None:
+                        live.trace.cancelled()
         if keys:
             self.engine.cancel(keys)
 
@@ -163,6 +173,9 @@ class EngineHost:
         for start in step.starts:
             if (live := live_of.get(start.key)) is not None:
                 live.session.started(live.handle, start)
+                metrics.prompt_started(live.leg, live.prompt_tokens, start)
+                if live.trace is not None:
+                    live.trace.started(start)
         tokens = step.tokens
         if len(tokens) == len(step.keys):
             for key, token in zip(step.keys, tokens, strict=True):
@@ -185,10 +198,16 @@ class EngineHost:
         for finish in step.finishes:
             if (live := self._forget(finish.key)) is not None:
                 live.session.finished(live.handle, finish)
+                metrics.request_ended(live.leg, finish.reason.name.lower())
+                if live.trace is not None:
+                    live.trace.finished(finish)
                 touched.add(live.session)
         for prefilled in step.prefilled:
             if (live := self._forget(prefilled.key)) is not None:
                 live.session.prefilled(live.handle, prefilled)
+                metrics.prompt_prefilled(live.prompt_tokens, prefilled)
+                if live.trace is not None:
+                    live.trace.prefilled(prefilled)
                 asyncio.get_running_loop().call_later(
                     prefilled.kv_session.time_to_live_seconds,
                     live.session.kept.pop,

@@ -1,13 +1,68 @@
-"""A worker's Prometheus metrics: read from the engine when somebody asks, never counted twice."""
+"""A worker's Prometheus metrics: what the engine can say is read from it when somebody asks, what
+happens to requests is counted as it happens, once for each request."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from libs.engine.interface import Engine
+from libs.engine.interface import Engine, Leg, Prefilled, Start
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+REQUESTS = Counter(
+    "switchgear_worker_requests",
+    "Requests that the engine had, by how they ended.",
+    ["leg", "outcome"],
+)
+REFUSALS = Counter("switchgear_worker_refusals", "Requests that were not taken in.", ["reason"])
+PROMPT_TOKENS = Counter(
+    "switchgear_worker_prompt_tokens",
+    "Prompt tokens of requests that got so far, by whether they were computed here, cached or"
+    " transferred.",
+    ["source"],
+)
+QUEUE_SECONDS = Histogram(
+    "switchgear_worker_queue_seconds",
+    "From a request's arrival to when the engine began with its prompt.",
+    ["leg"],
+    buckets=_SECONDS,
+)
+TRANSFER_SECONDS = Histogram(
+    "switchgear_worker_kv_transfer_seconds",
+    "How long pulling a prompt's KV took, with vLLM the wait for room included.",
+    buckets=_SECONDS,
+)
+
+
+def request_ended(leg: Leg, outcome: str) -> None:
+    """The outcome is a finish reason, or `prefilled`."""
+    REQUESTS.labels(leg.name.lower(), outcome).inc()
+
+
+def prompt_started(leg: Leg, prompt_tokens: int, start: Start) -> None:
+    """A prompt is computed and its first token there."""
+    _prompt_tokens(prompt_tokens, start.cached_tokens, start.transferred_tokens)
+    QUEUE_SECONDS.labels(leg.name.lower()).observe(start.queue_seconds)
+    if start.transfer_seconds:
+        TRANSFER_SECONDS.observe(start.transfer_seconds)
+
+
+def prompt_prefilled(prompt_tokens: int, prefilled: Prefilled) -> None:
+    """A prompt is computed for others."""
+    request_ended(Leg.PREFILL, "prefilled")
+    _prompt_tokens(prompt_tokens, prefilled.cached_tokens, 0)
+    QUEUE_SECONDS.labels("prefill").observe(prefilled.queue_seconds)
+
+
+def _prompt_tokens(prompt_tokens: int, cached_tokens: int, transferred_tokens: int) -> None:
+    PROMPT_TOKENS.labels("cached").inc(cached_tokens)
+    PROMPT_TOKENS.labels("transferred").inc(transferred_tokens)
+    computed_tokens = prompt_tokens - cached_tokens - transferred_tokens
+    PROMPT_TOKENS.labels("computed").inc(max(0, computed_tokens))
 
 
 class WorkerCollector(Collector):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from libs.common import grpc_errors, logs
+from libs.common import grpc_errors, logs, tracing
 from libs.common.errors import InternalError, SwitchgearError
 from libs.common.hashing import sequence_hashes
 from services.frontend.access import Reservation
@@ -16,6 +17,7 @@ from services.frontend.core.logprobs import LogprobLedger, Position, TokenLogpro
 from services.frontend.core.stop_strings import StopMatcher
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import ServedModel
+from services.frontend.request_trace import RequestTrace
 from services.frontend.router_session import Inbox, RouterSessions
 from switchgear.common.v1 import generation_pb2, routing_pb2
 from switchgear.router.v1 import router_pb2
@@ -56,6 +58,9 @@ class TextRequest:
     reservation: Reservation | None = None
     """Tokens taken from the caller's limit until it is known how many the request used."""
     traceparent: str = ""
+    """The request's own when it is traced, else the caller's; empty when there is none."""
+    trace: RequestTrace | None = None
+    """Of a request that is sampled."""
     routing: routing_pb2.RoutingOptions | None = None
     accepted_at: float
     """In the event loop's time."""
@@ -143,6 +148,8 @@ class Completion:
             text = self._absorb(inbox, tokens) if tokens else ""
             if inbox.is_over and not self.is_finished:
                 self._inbox = None
+                if (trace := self.request.trace) is not None:
+                    trace.attempt_ended(inbox, error=inbox.error.reason if inbox.error else "")
                 if inbox.error is None or self._attempts.remaining_tokens <= 0:
                     # With an error only the news of the end was lost.
                     self.finish_reason = inbox.finish_reason or generation_pb2.FINISH_REASON_LENGTH
@@ -186,7 +193,7 @@ class Completion:
         self._metrics.migrations.labels(self.request.model.name, error.reason).inc()
         log.info(
             "request migrates",
-            request_id=self.request.request_id,
+            **tracing.log_ids(self.request.request_id, self.request.traceparent),
             reason=error.reason,
             error=error.message,
             failed_instance_id=f"{failed_instance_id:016x}",
@@ -196,11 +203,12 @@ class Completion:
             await asyncio.sleep(pause_seconds)
 
     async def _submit(self) -> Inbox:
-        commands = self._commands
+        trace = self.request.trace
+        traceparent = self.request.traceparent if trace is None else trace.attempt_begins()
         if len(self.request.prompt) > LONG_PROMPT_TOKENS:
-            routing, generation = await asyncio.to_thread(commands)
+            routing, generation = await asyncio.to_thread(self._commands, traceparent)
         else:
-            routing, generation = commands()
+            routing, generation = self._commands(traceparent)
         if not self._sessions.is_connected:
             await self._sessions.wait_connected(self._attempts.policy.patience_seconds)
         left_seconds = self.request.deadline - self._loop.time()
@@ -208,7 +216,7 @@ class Completion:
         routing.timeout.CopyFrom(grpc_errors.duration_of(left_seconds - margin_seconds))
         return self._sessions.submit(routing, generation)
 
-    def _commands(self) -> tuple[router_pb2.RoutingRequest, bytes]:
+    def _commands(self, traceparent: str) -> tuple[router_pb2.RoutingRequest, bytes]:
         request, attempts = self.request, self._attempts
         facts = request.model.facts
         token_ids = attempts.token_ids
@@ -231,6 +239,7 @@ class Completion:
             excluded_instance_ids=attempts.excluded_instance_ids,
             options=request.routing,
             keeps_prompt_local=keeps_prompt_local,
+            traceparent=traceparent,
         )
         generation = generation_pb2.Generation(
             request_id=request.request_id,
@@ -247,7 +256,7 @@ class Completion:
             logprobs=logprobs,
             priority=request.priority,
             produced_tokens=len(attempts.produced),
-            traceparent=request.traceparent,
+            traceparent=traceparent,
         )
         return routing, generation.SerializeToString()
 
@@ -306,6 +315,8 @@ class Completion:
 
     def _on_first_tokens(self, inbox: Inbox, now: float) -> None:
         name = self.request.model.name
+        if (trace := self.request.trace) is not None:
+            trace.first_tokens()
         self._metrics.ttft_seconds.labels(name).observe(now - self.request.accepted_at)
         self._metrics.prompt_tokens.labels(name).inc(self.prompt_tokens)
         is_transferred = inbox.start is not None and inbox.start.transferred_tokens > 0
@@ -331,6 +342,8 @@ def running(completion: Completion, metrics: FrontendMetrics) -> Iterator[Comple
         raise
     finally:
         completion.close()
+        if (trace := completion.request.trace) is not None:
+            trace.end(completion, sys.exception())
         if (reservation := completion.request.reservation) is not None:
             used_tokens = completion.prompt_tokens + completion.completion_tokens
             reservation.settle(0 if is_unserved else used_tokens)

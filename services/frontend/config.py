@@ -74,5 +74,9 @@ class FrontendSettings(ServiceSettings):
     """Responses that a router may have on their way to this process. Fewer bound memory more
     tightly, more ride out longer pauses."""
 
+    trace_sample_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Of the requests whose callers send no traceparent, how many are traced. Those with one are
+    traced exactly if it says so. Needs `otlp_endpoint`."""
+
     cache_folder: Path = Field(default_factory=_default_cache_folder)
     """Where tokenizers are kept between runs. Default: $SWITCHGEAR_CACHE or ~/.cache/switchgear."""

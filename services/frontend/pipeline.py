@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar, assert_never
 
+from libs.common import tracing
 from libs.common.errors import (
     ContextTooLong,
     DeadlineExceeded,
@@ -20,6 +20,7 @@ from libs.common.errors import (
     Overloaded,
     SwitchgearError,
 )
+from services.frontend import request_trace
 from services.frontend.access import Access, Caller
 from services.frontend.chat_template import Chat
 from services.frontend.completion import LONG_PROMPT_TOKENS, Completion, TextRequest
@@ -43,8 +44,6 @@ Prompt: TypeAlias = str | Chat | list[int]
 """A plain text, a conversation for the chat template, or token ids."""
 
 PromptT = TypeVar("PromptT", str, Chat)
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +248,16 @@ class Pipeline:
             )
         _check_tokens(options.stop_token_ids, model, "stop_token_ids")
         _check_tokens(options.sampling.logit_bias, model, "logit_bias")
+        trace = request_trace.begin(
+            request_id,
+            model.name,
+            len(prompt),
+            traceparent=traceparent,
+            ratio=self.settings.trace_sample_ratio,
+            accepted_at=accepted_at,
+        )
+        if trace is not None:
+            traceparent = trace.traceparent
         request = TextRequest(
             request_id=request_id,
             model=model,
@@ -266,7 +275,8 @@ class Pipeline:
             cache_salt=caller.cache_salt(options.cache_salt),
             priority=caller.priority(options.priority),
             reservation=caller.reserve(len(prompt) + (options.max_tokens or 0)),
-            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            traceparent=traceparent if tracing.is_valid(traceparent) else "",
+            trace=trace,
             routing=routing,
             accepted_at=accepted_at,
             deadline=deadline,

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from prometheus_client import Counter
 
-from libs.common import grpc_errors, logs
+from libs.common import grpc_errors, logs, tracing
 from libs.common.credit import Credit
 from libs.common.errors import (
     DeadlineExceeded,
@@ -26,6 +26,7 @@ from libs.common.errors import (
     SwitchgearError,
     WorkerLost,
 )
+from services.router import request_trace
 from services.router.config import RouterSettings
 from services.router.core.decision import Candidate, Prompt
 from services.router.core.decision_log import Record
@@ -83,6 +84,7 @@ class _Request:
         "prefill_timer",
         "record",
         "routing",
+        "trace",
         "wishes",
     )
 
@@ -95,6 +97,8 @@ class _Request:
             self.deadline = now + grpc_errors.seconds_of(submit.routing.timeout)
         self.excluded = {InstanceId(i) for i in submit.routing.excluded_instance_ids}
         self.found = Found({}, are_known=True)
+        self.trace = request_trace.follow(submit.routing)
+        """None when it is not sampled, and once it has ended."""
         self.wishes: Wishes
         """Set when it is first decided on, with `record`."""
         self.record: Record
@@ -178,7 +182,7 @@ class Relay:
             request = self._requests.get(handle)
             if request is not None:
                 link = request.link
-                self._end(request)
+                self._end(request, is_cancelled=True)
                 if link is not None:
                     link.cancel(handle)
 
@@ -210,6 +214,10 @@ class Relay:
             found = await self._decider.find_overlaps([request.routing for request in requests])
             for request, request_found in zip(requests, found, strict=True):
                 request.found = request_found
+                if request.trace is not None:
+                    request.trace.overlaps_found(
+                        len(request_found.overlaps), are_known=request_found.are_known
+                    )
                 if self._requests.get(request.handle) is request:
                     self._dispatch(request)
         except Exception:
@@ -261,6 +269,8 @@ class Relay:
             excluded=request.excluded,
             prompt=prompt,
         )
+        if request.trace is not None:
+            request.trace.decided(record)
         if record is not None:
             request.record = record
             self._decider.keep(record)
@@ -313,6 +323,7 @@ class Relay:
             request.generation,
             leg,
             booking,
+            traceparent="" if request.trace is None else request.trace.leg_begins(leg, worker.name),
             timeout_seconds=timeout,
             kv_session=request.kv_session if leg == worker_pb2.LEG_DECODE else None,
         )
@@ -364,6 +375,8 @@ class Relay:
         request.excluded.add(worker.instance_id)
         self._leave(request)
         error = WorkerLost(f"{worker.name} was lost")
+        if request.trace is not None:
+            request.trace.leg_ended(error.reason)
         if request.is_prefilling:
             self._prefill_failed(request, "worker_lost")
         elif may_have_run:
@@ -406,6 +419,8 @@ class Relay:
             prefilled.kv_session.time_to_live
         )
         request.prefill_cached_tokens = prefilled.cached_tokens
+        if request.trace is not None:
+            request.trace.leg_ended()
         record = request.record
         record.prefill_cached_tokens = prefilled.cached_tokens
         if record.decision.prefill is not None:
@@ -439,11 +454,13 @@ class Relay:
         assert request.prefill is not None
         log.warning(
             "prefill leg failed",
-            request_id=request.routing.request_id,
+            **tracing.log_ids(request.routing.request_id, request.routing.traceparent),
             worker=request.prefill.name,
             reason=reason,
         )
         PREFILL_FALLBACKS.labels(reason).inc()
+        if request.trace is not None:
+            request.trace.leg_ended(reason.upper())
         self._stop_prefill_timer(request)
         if request.link is not None:
             request.link.cancel(request.handle)
@@ -476,6 +493,8 @@ class Relay:
             self._prefill_failed(request, refusal.error.reason.lower())
             return
         error = grpc_errors.from_message(refusal.error)
+        if request.trace is not None:
+            request.trace.leg_ended(error.reason)
         if not error.is_retryable:
             self._fail(request, error)
             return
@@ -488,7 +507,7 @@ class Relay:
         self, request: _Request, error: SwitchgearError, instance_id: InstanceId | None = None
     ) -> None:
         FAILURES.labels(error.reason).inc()
-        self._end(request)
+        self._end(request, error.reason)
         self._pending.failures.add(
             handle=request.handle,
             error=grpc_errors.to_message(error),
@@ -496,8 +515,11 @@ class Relay:
         )
         self._touch()
 
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: _Request, error: str = "", *, is_cancelled: bool = False) -> None:
         self._requests.pop(request.handle, None)
+        if request.trace is not None:
+            request.trace.end(error, is_cancelled=is_cancelled)
+            request.trace = None
         self._leave(request)
         self._stop_prefill_timer(request)
         self._release_decode(request)

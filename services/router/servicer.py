@@ -151,6 +151,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             block_size_tokens=block_size,
             keeps_prompt_local=generation.logprobs.HasField("prompt_alternatives"),
             options=request.options if request.HasField("options") else None,
+            traceparent=generation.traceparent,
         )
         if block_size and not routing.keeps_prompt_local:
             routing.sequence_hashes.extend(

@@ -54,10 +54,13 @@ class WorkerLink:
         *,
         timeout_seconds: float | None,
         kv_session: generation_pb2.KvSessionRef | None = None,
+        traceparent: str = "",
     ) -> None:
         """Sends a request. Its booking, already on the worker, stays until the worker's load has
         it."""
-        submit = self._pending.submits.add(handle=handle, generation=generation, leg=leg)
+        submit = self._pending.submits.add(
+            handle=handle, generation=generation, leg=leg, traceparent=traceparent
+        )
         if timeout_seconds is not None:
             submit.timeout.CopyFrom(duration_of(timeout_seconds))
         if kv_session is not None:

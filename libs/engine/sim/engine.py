@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
-from libs.common import logs
+from libs.common import logs, tracing
 from libs.common.errors import TransferFailed
 from libs.engine.interface import (
     Engine,
@@ -156,6 +156,8 @@ class SimEngine(Engine):
         task.add_done_callback(lambda _: self._pulls.pop(pull.key))
 
     async def _pull(self, pull: Pull) -> None:
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
         try:
             pulled_bytes = await transfer.pull(
                 pull,
@@ -163,10 +165,14 @@ class SimEngine(Engine):
                 timeout_seconds=self._settings.transfer_timeout_seconds,
             )
         except TransferFailed as error:
-            log.warning("kv pull failed, computing the prompt here", reason=error.message)
-            self._scheduler.pull_failed(pull.key)
+            log.warning(
+                "kv pull failed, computing the prompt here",
+                **tracing.log_ids(pull.request_id, pull.traceparent),
+                reason=error.message,
+            )
+            self._scheduler.pull_failed(pull.key, loop.time() - began_at)
         else:
             self._transferred_bytes += pulled_bytes
             self._transferred_blocks += pull.missing_blocks
-            self._scheduler.pulled(pull.key)
+            self._scheduler.pulled(pull.key, loop.time() - began_at)
         self._wake.set()

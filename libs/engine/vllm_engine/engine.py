@@ -11,7 +11,7 @@ from functools import partial
 from operator import methodcaller
 from typing import Any
 
-from libs.common import logs
+from libs.common import logs, tracing
 from libs.common.errors import InternalError, InvalidRequest, TransferFailed
 from libs.engine.interface import (
     Engine,
@@ -179,7 +179,11 @@ class VllmEngine(Engine):
             if (peer := pull["remote_engine_id"]) in self._stalled:
                 raise TransferFailed(f"earlier pulls from engine {peer} are stuck")
         except TransferFailed as error:
-            log.warning("kv not pulled", request_id=request.request_id, reason=error.message)
+            log.warning(
+                "kv not pulled",
+                **tracing.log_ids(request.request_id, request.traceparent),
+                reason=error.message,
+            )
             return None
         return pull
 
@@ -245,7 +249,7 @@ class VllmEngine(Engine):
         key = running.request.key
         if output.new_token_ids:
             if not running.has_started:
-                step.starts.append(self._start(running, output.prefill_stats))
+                step.starts.append(self._start(running, output))
             step.keys.append(key)
             step.counts.append(len(output.new_token_ids))
             step.tokens.extend(output.new_token_ids)
@@ -265,7 +269,8 @@ class VllmEngine(Engine):
                 requests.logprobs_of(key, columns, asked.prompt_alternatives)
             )
 
-    def _start(self, running: _Running, stats: Any) -> Start:
+    def _start(self, running: _Running, output: Any) -> Start:
+        stats = output.prefill_stats
         running.has_started = True
         self._dequeue_prompt(running)
         transferred_tokens = stats.num_external_cached_tokens
@@ -273,7 +278,18 @@ class VllmEngine(Engine):
             self._transferred_blocks += -(-transferred_tokens // self._info.block_size_tokens)
         elif running.request.kv_session is not None:
             self._transfer_failures += 1
-        return Start(running.request.key, stats.num_local_cached_tokens, transferred_tokens)
+        # vLLM does not tell the pull from the wait for room before it.
+        waited_seconds = _waited_seconds(output)
+        queue_seconds, transfer_seconds = (
+            (0.0, waited_seconds) if transferred_tokens else (waited_seconds, 0.0)
+        )
+        return Start(
+            running.request.key,
+            stats.num_local_cached_tokens,
+            transferred_tokens,
+            queue_seconds,
+            transfer_seconds,
+        )
 
     def _prefilled(
         self, step: Step, running: _Running, output: Any, step_at_seconds: float
@@ -294,7 +310,8 @@ class VllmEngine(Engine):
         time_to_live = self._settings.session_seconds - (now - step_at_seconds)
         session = requests.session_of(running.request, params, time_to_live)
         self._keep(key, _Kept(session.session_id, now + self._settings.kv_lease_seconds), now)
-        step.prefilled.append(Prefilled(key, session, output.prefill_stats.num_local_cached_tokens))
+        cached_tokens = output.prefill_stats.num_local_cached_tokens
+        step.prefilled.append(Prefilled(key, session, cached_tokens, _waited_seconds(output)))
 
     def _keep(self, key: RequestKey, kept: _Kept, now: float) -> None:
         for old, session in list(self._kept.items()):
@@ -354,7 +371,10 @@ class VllmEngine(Engine):
             running = self._by_vllm_id.get(pull.vllm_id)
             if running is None or running.pull is None:
                 continue
-            log.warning("kv pull given up", request_id=running.request.request_id)
+            request = running.request
+            log.warning(
+                "kv pull given up", **tracing.log_ids(request.request_id, request.traceparent)
+            )
             self._stalled.setdefault(running.pull["remote_engine_id"], set()).add(pull.pull_id)
             self._compute_anew(running)
 
@@ -366,6 +386,16 @@ class VllmEngine(Engine):
         running.pull = None
         self._queue_prompt(running)
         self._send(running)
+
+
+def _waited_seconds(output: Any) -> float:
+    """From when vLLM took the request in to when it first ran; 0 when it does not say."""
+    at: dict[str, float] = {}
+    for event in output.events or ():
+        at.setdefault(event.type.name, event.timestamp)
+    if "QUEUED" not in at or "SCHEDULED" not in at:
+        return 0.0
+    return max(0.0, at["SCHEDULED"] - at["QUEUED"])
 
 
 def _finish(key: RequestKey, output: Any) -> Finish:

@@ -157,6 +157,7 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
         priority=generation.priority,
         produced_tokens=min(generation.produced_tokens, len(prompt)),
         kv_session=kv_session,
+        traceparent=submit.traceparent or generation.traceparent,
     )
 
 

@@ -75,6 +75,9 @@ class Pull:
     kv_session: KvSession
     missing_blocks: int
     """Of the prompt, its partial last block included; the others are cached here."""
+    request_id: str = ""
+    """For logs, as is the traceparent."""
+    traceparent: str = ""
 
 
 class Scheduler:
@@ -227,12 +230,13 @@ class Scheduler:
         pulls, self._pulls = self._pulls, []
         return pulls
 
-    def pulled(self, key: RequestKey) -> None:
-        """A prompt's KV has arrived; ignored if the request has been cancelled. Its last token is
-        still to be computed, since a token is drawn from what that one gives."""
+    def pulled(self, key: RequestKey, transfer_seconds: float = 0.0) -> None:
+        """A prompt's KV has arrived, after so long; ignored if the request has been cancelled. Its
+        last token is still to be computed, since a token is drawn from what that one gives."""
         sequence = self._pulling.pop(key, None)
         if sequence is None:
             return
+        sequence.transfer_seconds = transfer_seconds
         sequence.computed_tokens = len(sequence.tokens) - 1
         sequence.transferred_tokens = sequence.computed_tokens - sequence.cached_tokens
         self._publish_full_blocks(sequence)
@@ -240,11 +244,12 @@ class Scheduler:
         self._prefilling[key] = sequence
         self._set_pending_prefill(sequence, 1)
 
-    def pull_failed(self, key: RequestKey) -> None:
+    def pull_failed(self, key: RequestKey, transfer_seconds: float = 0.0) -> None:
         """The prompt is computed here, after all; ignored if the request has been cancelled."""
         sequence = self._pulling.pop(key, None)
         if sequence is None:
             return
+        sequence.transfer_seconds = transfer_seconds
         self._drop_session(sequence)
         self._restart(sequence)
 
@@ -359,12 +364,21 @@ class Scheduler:
             if not sequence.was_admitted:
                 # Later on it finds what it has computed itself.
                 sequence.was_admitted = True
+                sequence.admitted_at = now
                 sequence.cached_tokens = sequence.computed_tokens
             if sequence.kv_session:
                 sequence.phase = Phase.PULLING
                 self._pulling[sequence.request.key] = sequence
                 self._set_pending_prefill(sequence, 1)
-                self._pulls.append(Pull(sequence.request.key, sequence.kv_session, private_blocks))
+                self._pulls.append(
+                    Pull(
+                        sequence.request.key,
+                        sequence.kv_session,
+                        private_blocks,
+                        sequence.request.request_id,
+                        sequence.request.traceparent,
+                    )
+                )
             else:
                 sequence.phase = Phase.PREFILLING
                 self._prefilling[sequence.request.key] = sequence
@@ -474,7 +488,13 @@ class Scheduler:
         if not sequence.is_started:
             sequence.is_started = True
             step.starts.append(
-                Start(request.key, sequence.cached_tokens, sequence.transferred_tokens)
+                Start(
+                    request.key,
+                    sequence.cached_tokens,
+                    sequence.transferred_tokens,
+                    sequence.admitted_at - sequence.submitted_at,
+                    sequence.transfer_seconds,
+                )
             )
             if request.logprobs is not None and request.logprobs.prompt_alternatives is not None:
                 asked = request.logprobs.prompt_alternatives
@@ -527,7 +547,12 @@ class Scheduler:
         sequence.expires_at = now + self.limits.kv_lease_seconds
         self._kept[session.session_id] = sequence
         self._next_expiry = min(self._next_expiry, sequence.expires_at)
-        return Prefilled(sequence.request.key, session, sequence.cached_tokens)
+        return Prefilled(
+            sequence.request.key,
+            session,
+            sequence.cached_tokens,
+            sequence.admitted_at - sequence.submitted_at,
+        )
 
     def _kept_at(self, session_id: str, now: float) -> Sequence:
         sequence = self._kept.get(session_id)

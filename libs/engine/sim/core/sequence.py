@@ -27,6 +27,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "admitted_at",
         "arrival",
         "cached_tokens",
         "computed_tokens",
@@ -46,6 +47,7 @@ class Sequence:
         "stop_token_ids",
         "submitted_at",
         "tokens",
+        "transfer_seconds",
         "transferred_tokens",
         "was_admitted",
     )
@@ -84,6 +86,10 @@ class Sequence:
         self.is_started = False
         self.was_admitted = False
         """It got blocks once; it may have lost them again."""
+        self.admitted_at = 0.0
+        """When that was for the first time."""
+        self.transfer_seconds = 0.0
+        """How long its KV was being pulled."""
         self.cached_tokens = 0
         self.transferred_tokens = 0
         self.kv_session: KvSession | None = request.kv_session
