@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
+from prometheus_client import Histogram
 
 from libs.common import logs
 from libs.common.discovery import Discovery, Table
@@ -21,6 +22,12 @@ from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.router.v1 import router_pb2
 
 log = logs.get(__name__)
+
+QUERY_SECONDS = Histogram(
+    "switchgear_router_overlap_query_seconds",
+    "From asking KV indexers for the overlaps of some prompts to knowing them, or giving up.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+)
 
 MAX_QUERIES_A_CALL = 256
 
@@ -73,7 +80,8 @@ class OverlapClient:
                 if not batch:
                     self._news.clear()
                     continue
-                answers = await self._ask([query for query, _ in batch])
+                with QUERY_SECONDS.time():
+                    answers = await self._ask([query for query, _ in batch])
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if not future.done():
                         future.set_result(answer)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import grpc
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from libs.common import grpc_errors, logs, tracing
 from libs.common.credit import Credit
@@ -52,6 +52,11 @@ PREFILL_FALLBACKS = Counter(
     "Prompts that a decode worker computed because the prefill leg failed",
     ["reason"],
 )
+PREFILL_SECONDS = Histogram(
+    "switchgear_router_prefill_leg_seconds",
+    "From giving a prompt to a prefill worker to its KV being there.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
 FAILURES = Counter(
     "switchgear_router_failures_total", "Requests handed back to the frontend", ["reason"]
 )
@@ -80,6 +85,7 @@ class _Request:
         "kv_session",
         "link",
         "prefill",
+        "prefill_began_at",
         "prefill_cached_tokens",
         "prefill_timer",
         "record",
@@ -112,6 +118,8 @@ class _Request:
         self.booking: Booking | None = None
         self.prefill: Worker | None = None
         """Who computes or has computed the prompt."""
+        self.prefill_began_at = 0.0
+        """In the event loop's seconds."""
         self.prefill_timer: asyncio.TimerHandle | None = None
         self.prefill_cached_tokens = 0
         self.kv_session: generation_pb2.KvSessionRef | None = None
@@ -249,6 +257,7 @@ class Relay:
         request.booking = decision.decode.booking
         request.decode.book(request.booking)
         request.prefill = decision.prefill.worker
+        request.prefill_began_at = self._loop.time()
         seconds = self._settings.prefill_timeout_seconds
         if request.deadline is not None:
             # Half of what is left stays for computing the prompt after all.
@@ -418,6 +427,7 @@ class Relay:
         request.kv_expires_at = self._loop.time() + grpc_errors.seconds_of(
             prefilled.kv_session.time_to_live
         )
+        PREFILL_SECONDS.observe(self._loop.time() - request.prefill_began_at)
         request.prefill_cached_tokens = prefilled.cached_tokens
         if request.trace is not None:
             request.trace.leg_ended()
