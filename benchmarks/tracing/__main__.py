@@ -77,7 +77,7 @@ class _Traced:
         asked = body(scenario, self.deployment.model_name).of_run(secrets.token_hex(4))
         before = self.cpu_seconds()
         outcome, _ = await run_wrk(
-            topology.http_url(self.deployment),
+            f"{topology.http_url(self.deployment)}/v1/chat/completions",
             asked,
             clients=scenario.clients,
             duration_seconds=seconds,

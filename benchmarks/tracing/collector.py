@@ -29,7 +29,9 @@ def serve() -> None:
     """Prints the port, and serves until killed."""
     service, method = METHOD
     # Requests are left as bytes, and an empty answer is the right one.
-    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: b""
+    )
     server = grpc.server(ThreadPoolExecutor(max_workers=2))
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)

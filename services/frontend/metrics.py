@@ -1,4 +1,4 @@
-"""What the frontend tells Prometheus. The README lists the names."""
+"""What the frontend tells Prometheus. docs/metrics.md has them all."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from tests.fixtures.metrics_table import documented_metrics
 
 DASHBOARDS = sorted((REPOSITORY / "deploy" / "grafana" / "dashboards").glob("*.json"))
 CLIENTS_OWN = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
-SCRAPED = {"job", "instance"}
-"""Labels that Prometheus adds."""
+SCRAPED = {"component", "instance"}
+"""Labels that Prometheus adds, the former by deploy/prometheus."""
 
 _STRING = re.compile(r'"[^"]*"')
 _RANGE = re.compile(r"\[[^\]]*\]")

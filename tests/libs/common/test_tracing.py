@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -22,24 +22,13 @@ from prometheus_client.registry import REGISTRY
 
 from libs.common import tracing
 from libs.common.trace_export import BATCH_SPANS, SpanExport, to_collector
-from libs.common.tracing import Kind, Span, Value
+from libs.common.tracing import Kind, Span
 from tests.fixtures.collector import collecting
 from tests.fixtures.eventually import until
+from tests.fixtures.spans import KeptSpans
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = SAMPLED[:-2] + "00"
-
-
-class Kept:
-    """A sink that keeps what it takes."""
-
-    def __init__(self) -> None:
-        self.ended: list[tuple[Span, int, dict[str, Value], str]] = []
-
-    def take(
-        self, span: Span, ended_at_ns: int, attributes: Mapping[str, Value], error: str
-    ) -> None:
-        self.ended.append((span, ended_at_ns, dict(attributes), error))
 
 
 def begin(traceparent: str, ratio: float, trace_id: int = 7) -> Span | None:
@@ -53,7 +42,7 @@ def test_nothing_is_traced_while_tracing_is_off() -> None:
 
 
 def test_a_callers_sampled_flag_decides_whatever_the_ratio() -> None:
-    with tracing.giving_to(Kept()):
+    with tracing.giving_to(KeptSpans()):
         span = begin(SAMPLED, 0.0)
         assert span is not None
         assert (f"{span.trace_id:032x}", f"{span.parent_id:016x}") == tuple(SAMPLED.split("-")[1:3])
@@ -62,7 +51,7 @@ def test_a_callers_sampled_flag_decides_whatever_the_ratio() -> None:
 
 
 def test_without_a_caller_the_ratio_decides_by_trace_id_alone() -> None:
-    with tracing.giving_to(Kept()):
+    with tracing.giving_to(KeptSpans()):
         assert begin("", 1.0, trace_id=(1 << 128) - 1) is not None
         assert begin("", 0.0, trace_id=1 << 64) is None
         assert begin("", 0.5, trace_id=(1 << 63) - 1) is not None
@@ -84,7 +73,7 @@ def test_without_a_caller_the_ratio_decides_by_trace_id_alone() -> None:
     ],
 )
 def test_nonsense_is_as_no_traceparent(nonsense: str) -> None:
-    with tracing.giving_to(Kept()):
+    with tracing.giving_to(KeptSpans()):
         assert not tracing.is_valid(nonsense)
         assert tracing.follow(nonsense, "route") is None
         span = begin(nonsense, 1.0)
@@ -99,7 +88,7 @@ def test_nonsense_is_as_no_traceparent(nonsense: str) -> None:
 def test_traceparents_are_read_as_opentelemetry_reads_them(text: str) -> None:
     context = TraceContextTextMapPropagator().extract({"traceparent": text})
     theirs = otel.get_current_span(context).get_span_context()
-    with tracing.giving_to(Kept()):
+    with tracing.giving_to(KeptSpans()):
         ours = tracing.follow(text, "route")
     if ours is not None:
         assert (ours.trace_id, ours.parent_id) == (theirs.trace_id, theirs.span_id)
@@ -109,7 +98,7 @@ def test_traceparents_are_read_as_opentelemetry_reads_them(text: str) -> None:
 
 
 def test_a_child_names_its_parent_and_others_are_given_the_child() -> None:
-    kept = Kept()
+    kept = KeptSpans()
     with tracing.giving_to(kept):
         span = begin(SAMPLED, 0.0)
         assert span is not None
@@ -126,7 +115,7 @@ def test_a_child_names_its_parent_and_others_are_given_the_child() -> None:
 
 
 def test_a_span_never_ends_before_it_begins() -> None:
-    kept = Kept()
+    kept = KeptSpans()
     with tracing.giving_to(kept):
         span = begin(SAMPLED, 0.0)
         assert span is not None

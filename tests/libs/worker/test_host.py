@@ -6,15 +6,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from libs.common import tracing
 from libs.engine.sim.settings import SimSettings
 from libs.worker.core.session import Session
 from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.worker.v1 import worker_pb2
 from tests.fixtures.eventually import until
+from tests.fixtures.spans import KeptSpans
 from tests.fixtures.workers import MODEL, SimWorker, sim_worker
 
 HANDLE = 1
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @asynccontextmanager
@@ -25,6 +28,7 @@ async def computed(kv_lease_seconds: float = 30) -> AsyncIterator[tuple[SimWorke
         request_id="r",
         model=MODEL,
         token_ids=range(200),
+        traceparent=TRACEPARENT,
         stopping=generation_pb2.StoppingOptions(max_tokens=3),
     )
     submit = worker_pb2.Submit(
@@ -42,6 +46,22 @@ async def test_a_cancellation_that_crossed_the_end_of_a_prefill_leg_frees_its_kv
         assert worker.engine.load().active_kv_blocks > 0
         worker.host.cancel(session, [HANDLE])
         assert worker.engine.load().active_kv_blocks == 0
+
+
+async def test_a_legs_spans_follow_each_other_from_its_arrival_to_its_end() -> None:
+    kept = KeptSpans()
+    with tracing.giving_to(kept):
+        async with computed():
+            pass
+    *parts, (leg, ended_at_ns) = [(span, ended) for span, ended, *_ in kept.ended]
+    assert [leg.name, *(span.name for span, _ in parts)] == ["prefill", "queue", "first token"]
+    assert f"{leg.trace_id:032x}-{leg.parent_id:016x}" == TRACEPARENT[3:-3]
+    at_ns = leg.began_at_ns
+    for span, part_ended_at_ns in parts:
+        assert span.parent_id == leg.span_id
+        assert span.began_at_ns == at_ns
+        at_ns = part_ended_at_ns
+    assert at_ns == ended_at_ns
 
 
 async def test_kv_stays_when_its_client_goes_since_somebody_may_be_pulling_it() -> None:

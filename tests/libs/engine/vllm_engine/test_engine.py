@@ -212,6 +212,7 @@ def output(
     transfer_params: dict[str, Any] | None = None,
     logprobs: Any = None,
     prompt_logprobs: Any = None,
+    events: Mapping[str, float] | None = None,
 ) -> Any:
     stats = None
     if cached is not None:
@@ -223,6 +224,11 @@ def output(
         kv_transfer_params=transfer_params,
         new_logprobs=logprobs,
         new_prompt_logprobs_tensors=prompt_logprobs,
+        events=[
+            SimpleNamespace(type=SimpleNamespace(name=name), timestamp=seconds)
+            for name, seconds in (events or {}).items()
+        ]
+        or None,
     )
 
 
@@ -387,6 +393,17 @@ async def test_a_decode_leg_pulls_and_reports_what_it_pulled(decode: Bench) -> N
     assert step.starts == [Start(RequestKey(1), 0, 40)]
     counters = decode.engine.counters()
     assert (counters.transferred_blocks, counters.transfer_failures) == (2, 0)
+
+
+async def test_the_wait_before_a_request_runs_is_its_queue_or_its_pull(decode: Bench) -> None:
+    await decode.submit(request_of(1), request_of(2, Leg.DECODE, kv_session=session()))
+    waited = {"QUEUED": 10.0, "SCHEDULED": 10.5}
+    step = decode.step(
+        ("1.0", output([5], cached=0, events=waited)),
+        ("2.0", output([5], cached=0, pulled=40, events=waited)),
+    )
+    waits = [(start.queue_seconds, start.transfer_seconds) for start in step.starts]
+    assert waits == [(0.5, 0.0), (0.0, 0.5)]
 
 
 async def test_a_session_of_another_prompt_is_not_pulled(decode: Bench) -> None:
