@@ -248,6 +248,7 @@ class Pipeline:
             )
         _check_tokens(options.stop_token_ids, model, "stop_token_ids")
         _check_tokens(options.sampling.logit_bias, model, "logit_bias")
+        reservation = caller.reserve(len(prompt) + (options.max_tokens or 0))
         trace = request_trace.begin(
             request_id,
             model.name,
@@ -274,7 +275,7 @@ class Pipeline:
             logprobs=options.logprobs,
             cache_salt=caller.cache_salt(options.cache_salt),
             priority=caller.priority(options.priority),
-            reservation=caller.reserve(len(prompt) + (options.max_tokens or 0)),
+            reservation=reservation,
             traceparent=traceparent if tracing.is_valid(traceparent) else "",
             trace=trace,
             routing=routing,
