@@ -48,27 +48,27 @@ class _Block(Strict):
     """Ignored: prompts are cached whoever marks them."""
 
 
-class _Text(_Block):
+class _TextBlock(_Block):
     type: Literal["text"]
     text: str
     citations: list[Any] | None = None
 
 
-class _Thinking(_Block):
+class _ThinkingBlock(_Block):
     type: Literal["thinking"]
     thinking: str
     signature: str = ""
     """Not looked at: thinking is taken as it comes."""
 
 
-class _RedactedThinking(_Block):
+class _RedactedThinkingBlock(_Block):
     """Somebody else's, which only they can read."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
-class _ToolUse(_Block):
+class _ToolUseBlock(_Block):
     type: Literal["tool_use"]
     id: Annotated[str, Field(min_length=1)]
     name: str
@@ -80,7 +80,7 @@ class _ToolUse(_Block):
         return {"id": self.id, "function": function}
 
 
-class _ToolResult(_Block):
+class _ToolResultBlock(_Block):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1)]
     content: Annotated[str, BeforeValidator(_texts)] = ""
@@ -95,11 +95,11 @@ def _kind_of(block: object) -> str:
 
 # A tag that begins with # is left out where an error names its field.
 _AnyBlock: TypeAlias = Annotated[
-    Annotated[_Text, Tag("#text")]
-    | Annotated[_Thinking, Tag("#thinking")]
-    | Annotated[_RedactedThinking, Tag("#redacted_thinking")]
-    | Annotated[_ToolUse, Tag("#tool_use")]
-    | Annotated[_ToolResult, Tag("#tool_result")],
+    Annotated[_TextBlock, Tag("#text")]
+    | Annotated[_ThinkingBlock, Tag("#thinking")]
+    | Annotated[_RedactedThinkingBlock, Tag("#redacted_thinking")]
+    | Annotated[_ToolUseBlock, Tag("#tool_use")]
+    | Annotated[_ToolResultBlock, Tag("#tool_result")],
     Discriminator(_kind_of),
 ]
 _KINDS_OF_ROLE = {
@@ -130,18 +130,18 @@ class _Message(Strict):
 
     def for_chat(self) -> list[ChatMessage]:
         """Results of tools are messages of their own, before the text that comes with them."""
-        text = [block.text for block in self.content if isinstance(block, _Text)]
+        text = [block.text for block in self.content if isinstance(block, _TextBlock)]
         if self.role == "user":
             messages = [
                 ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=block.content)
                 for block in self.content
-                if isinstance(block, _ToolResult)
+                if isinstance(block, _ToolResultBlock)
             ]
             if text or not messages:
                 messages.append(ChatMessage(role="user", content="\n".join(text)))
             return messages
-        thoughts = [block.thinking for block in self.content if isinstance(block, _Thinking)]
-        calls = [block.for_chat() for block in self.content if isinstance(block, _ToolUse)]
+        thoughts = [block.thinking for block in self.content if isinstance(block, _ThinkingBlock)]
+        calls = [block.for_chat() for block in self.content if isinstance(block, _ToolUseBlock)]
         fields = {
             "role": "assistant",
             "content": "\n".join(text),
@@ -151,7 +151,7 @@ class _Message(Strict):
         return [ChatMessage.model_validate(fields)]
 
 
-class _Tool(Strict):
+class _CustomTool(Strict):
     type: Literal["custom"] = "custom"
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
@@ -204,7 +204,7 @@ class _OutputConfig(Strict):
     format: _OutputFormat | None = None
 
 
-class _Metadata(Strict):
+class _Caller(Strict):
     user_id: str | None = None
 
 
@@ -234,7 +234,7 @@ class PromptBody(Strict):
     model: str = Field(min_length=1, max_length=256)
     messages: list[_Message] = Field(min_length=1)
     system: Annotated[str | None, BeforeValidator(_texts)] = None
-    tools: list[_Tool] = Field(default=[], max_length=MAX_TOOLS)
+    tools: list[_CustomTool] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: _ToolChoice | None = None
     thinking: _ThinkingConfig | None = None
     output_config: _OutputConfig | None = None
@@ -298,7 +298,7 @@ class MessagesBody(PromptBody):
     temperature: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    metadata: _Metadata | None = None
+    metadata: _Caller | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
     def chat(self) -> MessagesChat:

@@ -11,7 +11,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from services.frontend.openai.schema import ChatBody, CompletionBody, unoffered_fields
+from services.frontend.anthropic import body as messages_body
+from services.frontend.anthropic.body import MessagesBody, PromptBody
+from services.frontend.openai import responses_body
+from services.frontend.openai.responses_body import ResponsesBody
+from services.frontend.openai.schema import (
+    IGNORED,
+    NEUTRAL,
+    NEUTRAL_IN_MESSAGE,
+    ChatBody,
+    CompletionBody,
+    unoffered_fields,
+)
 from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody
 
 TITLE = "Switchgear"
@@ -22,21 +33,31 @@ _TEXT: _Schema = {"type": "string"}
 _COUNT: _Schema = {"type": "integer", "minimum": 0}
 _TOKEN_IDS: _Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
+
+def _parts_of(*kinds: str) -> _Schema:
+    part = {
+        "type": "object",
+        "properties": {"type": {"enum": list(kinds)}, "text": _TEXT},
+        "required": ["type", "text"],
+    }
+    return {"type": "array", "items": part}
+
+
 _FURTHER_FORMS: dict[str, dict[str, list[_Schema]]] = {
-    "ChatMessage": {
-        "content": [
-            {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {"type": {"const": "text"}, "text": _TEXT},
-                    "required": ["type", "text"],
-                },
-            }
-        ]
-    },
+    "ChatMessage": {"content": [_parts_of("text")]},
     "ChatBody": {"stop": [_TEXT]},
     "CompletionBody": {"stop": [_TEXT], "prompt": [_TEXT, _TOKEN_IDS]},
+    "ResponsesBody": {"input": [_TEXT]},
+    "_MessageItem": {"content": [_parts_of("input_text", "output_text")]},
+    "_CallOutputItem": {"output": [_parts_of("input_text")]},
+    "_ReasoningItem": {
+        "content": [_parts_of("reasoning_text")],
+        "summary": [_parts_of("summary_text")],
+    },
+    "_Message": {"content": [_TEXT]},
+    "_ToolResultBlock": {"content": [_parts_of("text")]},
+    "PromptBody": {"system": [_parts_of("text")]},
+    "MessagesBody": {"system": [_parts_of("text")]},
 }
 
 _ERRORS = {
@@ -112,6 +133,32 @@ def _answers() -> dict[str, _Schema]:
             object={"const": "text_completion"},
             choices=_list_of(_object(**choice, text=_TEXT)),
         ),
+        "Response": _object(
+            id=_TEXT,
+            object={"const": "response"},
+            created_at=_COUNT,
+            status={"enum": ["completed", "incomplete", "failed", "in_progress"]},
+            model=_TEXT,
+            output=_list_of(_object(type={"enum": ["message", "reasoning", "function_call"]})),
+        ),
+        "ResponseEvent": _object(type=_TEXT, sequence_number=_COUNT),
+        "Message": _object(
+            id=_TEXT,
+            type={"const": "message"},
+            role={"const": "assistant"},
+            model=_TEXT,
+            content=_list_of(_object(type={"enum": ["text", "thinking", "tool_use"]})),
+            stop_reason=_nullable(_TEXT),
+            stop_sequence=_nullable(_TEXT),
+            usage=_object(input_tokens=_COUNT, output_tokens=_COUNT),
+        ),
+        "MessageEvent": _object(type=_TEXT),
+        "MessageError": _object(
+            type={"const": "error"},
+            error=_object(type=_TEXT, message=_TEXT),
+            request_id=_nullable(_TEXT),
+        ),
+        "InputTokens": _object(input_tokens=_COUNT),
         "Model": _object(
             id=_TEXT,
             object={"const": "model"},
@@ -140,10 +187,20 @@ def _answers() -> dict[str, _Schema]:
 
 def _requests() -> dict[str, _Schema]:
     schemas: dict[str, _Schema] = {}
-    bodies: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+    bodies: tuple[type[BaseModel], ...] = (
+        ChatBody,
+        CompletionBody,
+        ResponsesBody,
+        MessagesBody,
+        PromptBody,
+        TokenizeBody,
+        DetokenizeBody,
+    )
     for body in bodies:
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
+        named = schema.pop("$defs", {})
+        assert all(schemas.get(name, named[name]) == named[name] for name in named)
+        schemas |= named
         schemas[body.__name__] = schema
     for name, schema in schemas.items():
         if "properties" not in schema:
@@ -154,29 +211,40 @@ def _requests() -> dict[str, _Schema]:
             described.pop("title", None)
             if field not in schema.get("required", ()):
                 schema["properties"][field] = _nullable(described)
-    for name in (body.__name__ for body in bodies):
-        schemas[name]["properties"] = unoffered_fields() | schemas[name]["properties"]
+    for body in bodies:
+        schema = schemas[body.__name__]
+        schema["properties"] = _unoffered_in(body) | schema["properties"]
     message = schemas["ChatMessage"]
-    message["properties"] = unoffered_fields(of_message=True) | message["properties"]
+    message["properties"] = (
+        unoffered_fields(NEUTRAL_IN_MESSAGE, frozenset()) | message["properties"]
+    )
     return schemas
+
+
+def _unoffered_in(body: type[BaseModel]) -> dict[str, _Schema]:
+    if issubclass(body, ResponsesBody):
+        return unoffered_fields(responses_body.NEUTRAL, responses_body.IGNORED)
+    if issubclass(body, PromptBody):
+        return unoffered_fields(messages_body.NEUTRAL, messages_body.IGNORED)
+    return unoffered_fields(NEUTRAL, IGNORED)
 
 
 def _json_content(schema: _Schema) -> _Schema:
     return {"application/json": {"schema": schema}}
 
 
-def _responses(answer: _Schema, errors: tuple[int, ...]) -> _Schema:
+def _responses(answer: _Schema, errors: tuple[int, ...], error: str = "Error") -> _Schema:
     return {"200": answer} | {
-        str(status): {"description": _ERRORS[status], "content": _json_content(_ref("Error"))}
+        str(status): {"description": _ERRORS[status], "content": _json_content(_ref(error))}
         for status in errors
     }
 
 
-def _post(summary: str, body: str, content: _Schema) -> _Schema:
+def _post(summary: str, body: str, content: _Schema, error: str = "Error") -> _Schema:
     operation = {
         "summary": summary,
         "requestBody": {"required": True, "content": _json_content(_ref(body))},
-        "responses": _responses({"description": summary, "content": content}, _POST_ERRORS),
+        "responses": _responses({"description": summary, "content": content}, _POST_ERRORS, error),
     }
     return {"post": operation}
 
@@ -191,13 +259,22 @@ def _get(summary: str, answer: str, *, errors: tuple[int, ...] = _GET_ERRORS) ->
 
 
 def _streamed(whole: str, chunk: str) -> _Schema:
-    data = {
+    event = _object(data={"anyOf": [{"const": "[DONE]"}, _event_data(chunk, "Error")]})
+    event["description"] = "One server-sent event. The last is [DONE], or an Error."
+    return _json_content(_ref(whole)) | {"text/event-stream": {"schema": event}}
+
+
+def _event_data(*schemas: str) -> _Schema:
+    return {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_ref(chunk), _ref("Error")]},
+        "contentSchema": {"anyOf": [_ref(schema) for schema in schemas]},
     }
-    event = _object(data={"anyOf": [{"const": "[DONE]"}, data]})
-    event["description"] = "One server-sent event. The last is [DONE], or an Error."
+
+
+def _streamed_by_name(whole: str, *events: str) -> _Schema:
+    event = _object(event=_TEXT, data=_event_data(*events))
+    event["description"] = "One server-sent event, named for its type."
     return _json_content(_ref(whole)) | {"text/event-stream": {"schema": event}}
 
 
@@ -225,7 +302,8 @@ def openapi_page() -> dict[str, Any]:
         "info": {
             "title": TITLE,
             "version": "1",
-            "description": "The part of OpenAI's API that is offered, and vLLM's extensions to it.",
+            "description": "OpenAI's API as far as it is offered, with vLLM's extensions, "
+            "and Anthropic's Messages API.",
         },
         "security": [{"api_key": []}, {}],
         "paths": {
@@ -236,6 +314,23 @@ def openapi_page() -> dict[str, Any]:
             ),
             "/v1/completions": _post(
                 "Continue a text", "CompletionBody", _streamed("Completion", "CompletionChunk")
+            ),
+            "/v1/responses": _post(
+                "Continue a conversation, in items",
+                "ResponsesBody",
+                _streamed_by_name("Response", "ResponseEvent"),
+            ),
+            "/v1/messages": _post(
+                "Continue a conversation, in Anthropic's shape",
+                "MessagesBody",
+                _streamed_by_name("Message", "MessageEvent", "MessageError"),
+                "MessageError",
+            ),
+            "/v1/messages/count_tokens": _post(
+                "Count the tokens of a prompt, in Anthropic's shape",
+                "PromptBody",
+                _json_content(_ref("InputTokens")),
+                "MessageError",
             ),
             "/v1/models": _get("List the models that can be served now", "Models"),
             "/v1/models/{model}": model,

@@ -179,20 +179,20 @@ class _TextFormat(Strict):
         return ResponseFormat(type="json_schema", json_schema=schema)
 
 
-class _Text(Strict):
+class _TextSettings(Strict):
     format: _TextFormat | None = None
     verbosity: Literal["medium"] | None = None
     """Others are not offered."""
 
 
-class _Reasoning(Strict):
+class _ReasoningSettings(Strict):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """None are made: reasoning is told as it is."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class _StreamOptions(Strict):
+class _ResponseStreamOptions(Strict):
     include_obfuscation: bool = False
     """Ignored: padding against observers of the network is not offered."""
 
@@ -219,8 +219,8 @@ class ResponsesBody(Strict):
     tools: list[_FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: Annotated[InstanceOf[ToolChoice] | None, BeforeValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
-    text: _Text | None = None
-    reasoning: _Reasoning | None = None
+    text: _TextSettings | None = None
+    reasoning: _ReasoningSettings | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -231,7 +231,7 @@ class ResponsesBody(Strict):
     )
     """Reasoning is not encrypted here, and always included."""
     stream: bool = False
-    stream_options: _StreamOptions | None = None
+    stream_options: _ResponseStreamOptions | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[
         Annotated[str, Field(max_length=64)],

@@ -32,7 +32,7 @@ MAX_BIAS = 100
 MAX_BIASED_TOKENS = 1024
 MAX_SALT_CHARACTERS = 256
 
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -41,7 +41,7 @@ _IGNORED = frozenset(
 )
 """Fields that change nothing about the text."""
 
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -54,7 +54,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Fields that are not offered, with the values (besides null) at which they ask for nothing."""
 
-_NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -314,8 +314,8 @@ def checked(
     body: type[ModelT],
     fields: object,
     *,
-    neutral: Mapping[str, tuple[object, ...]] = _NEUTRAL,
-    ignored: frozenset[str] = _IGNORED,
+    neutral: Mapping[str, tuple[object, ...]] = NEUTRAL,
+    ignored: frozenset[str] = IGNORED,
 ) -> ModelT:
     """Any body whose fields hold by themselves. Raises ApiError, naming the field."""
     if not isinstance(fields, dict):
@@ -324,7 +324,7 @@ def checked(
     messages = known.get("messages")
     if isinstance(messages, list):
         known["messages"] = [
-            _without_neutral(message, _NEUTRAL_IN_MESSAGE, f"messages[{index}].")
+            _without_neutral(message, NEUTRAL_IN_MESSAGE, f"messages[{index}].")
             if isinstance(message, dict)
             else message
             for index, message in enumerate(messages)
@@ -336,10 +336,10 @@ def checked(
         raise _api_error(error.errors(include_url=False)[0]) from None
 
 
-def unoffered_fields(*, of_message: bool = False) -> dict[str, dict[str, Any]]:
+def unoffered_fields(
+    neutral: Mapping[str, tuple[object, ...]], ignored: frozenset[str]
+) -> dict[str, dict[str, Any]]:
     """JSON schemas of the fields that are known and not offered."""
-    neutral = _NEUTRAL_IN_MESSAGE if of_message else _NEUTRAL
-    ignored = frozenset[str]() if of_message else _IGNORED
     return {
         name: {"enum": [None, *values], "description": "Not offered; at these values ignored."}
         for name, values in neutral.items()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
+from services.frontend.anthropic import errors as anthropic_errors
 from services.frontend.openai.page import openapi_page
 from tests.services.frontend.byte_model import NAME
 from tests.services.frontend.fake_router import fake_router, says
@@ -90,8 +91,12 @@ def check_answer(response: httpx.Response) -> None:
         return
     assert 400 <= response.status_code < 500, (response.status_code, response.text)
     body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
+    if response.url.path in anthropic_errors.PATHS:
+        assert set(body) == {"type", "error", "request_id"}
+        assert set(body["error"]) == {"message", "type"}
+    else:
+        assert set(body) == {"error"}
+        assert set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["message"]
     assert "Traceback" not in response.text
 
@@ -152,7 +157,18 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6).flatmap(
         [fields, {"model": NAME, "prompt": "a", **fields}, {"model": NAME, **fields}]
     )
 )
-POSTS = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+POSTS = st.sampled_from(
+    [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    ]
+)
 
 
 @EXAMPLES
