@@ -10,11 +10,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import anthropic
 import openai
 import psutil
 import pytest
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from deploy.local import default_model, topology
@@ -163,6 +165,51 @@ async def test_the_official_client_gets_sensible_english(deployment: Running) ->
     assert "Paris" in (answer.message.content or "")
     assert answer.finish_reason == "stop"
     assert text == answer.message.content
+
+
+def test_chat_responses_and_messages_say_the_same(deployment: Running) -> None:
+    question = "What is the capital of France?"
+    chat = deployment.chat(question, max_tokens=20, temperature=0).text
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none") as client:
+        response = client.responses.create(
+            model=deployment.model, input=question, max_output_tokens=20, temperature=0
+        )
+        events = client.responses.create(
+            model=deployment.model,
+            input=question,
+            max_output_tokens=20,
+            temperature=0,
+            stream=True,
+        )
+        streamed = [event.delta for event in events if event.type == "response.output_text.delta"]
+    with anthropic.Anthropic(base_url=deployment.url, api_key="none") as anthropic_client:
+        message = anthropic_client.messages.create(
+            model=deployment.model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=20,
+            extra_body={"temperature": 0},
+        )
+    [block] = message.content
+    assert block.type == "text"
+    assert "Paris" in chat
+    assert [response.output_text, "".join(streamed), block.text] == [chat] * 3
+
+
+class City(BaseModel):
+    name: Literal["Paris", "London"]
+    inhabitants: int
+
+
+def test_a_response_is_parsed_into_a_class(deployment: Running) -> None:
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none") as client:
+        response = client.responses.parse(
+            model=deployment.model,
+            input="Describe a city in JSON.",
+            text_format=City,
+            max_output_tokens=60,
+        )
+    assert response.output_parsed is not None
+    assert response.output_parsed.name in ("Paris", "London")
 
 
 async def test_log_probabilities_of_an_answer_are_those_of_the_same_text_as_a_prompt(

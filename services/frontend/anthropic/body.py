@@ -105,6 +105,7 @@ _AnyBlock: TypeAlias = Annotated[
 _KINDS_OF_ROLE = {
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
     "user": ("text", "tool_result"),
+    "system": ("text",),
 }
 
 
@@ -125,12 +126,14 @@ def _blocks(value: object) -> object:
 
 
 class _Message(Strict):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: Annotated[list[_AnyBlock], BeforeValidator(_blocks)]
 
     def for_chat(self) -> list[ChatMessage]:
         """Results of tools are messages of their own, before the text that comes with them."""
         text = [block.text for block in self.content if isinstance(block, _TextBlock)]
+        if self.role == "system":
+            return [ChatMessage(role="system", content="\n".join(text))]
         if self.role == "user":
             messages = [
                 ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=block.content)
@@ -277,7 +280,7 @@ class PromptBody(Strict):
                 if block.type not in _KINDS_OF_ROLE[message.role]:
                     raise _refused(
                         f"messages[{number}].content[{at}]",
-                        f"a {message.role}'s message can't have a block of type {block.type}",
+                        f"a message of the {message.role} can't have a block of type {block.type}",
                     )
             found += message.for_chat()
         if self.messages[-1].role == "assistant":

@@ -34,7 +34,8 @@ NODE_CLASSES = {"APITimeoutError": "APIConnectionTimeoutError"}
 
 def streamed(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of a stream."""
-    texts, thoughts, types = [], [], []
+    texts, thoughts = [], []
+    types: list[str] = []
     calls: dict[int, str] = {}
     for event in events:
         if (kind := event.get("type")) and types[-1:] != [kind]:
@@ -88,4 +89,5 @@ def at(value: Any, path: str) -> Any:
 def for_client(case: dict[str, Any], client: str) -> dict[str, Any]:
     """The case with what must differ between clients of one server."""
     parsed: dict[str, Any] = json.loads(json.dumps(case).replace("{client}", client))
-    return parsed | parsed.pop(client, {})
+    parsed.update(parsed.pop(client, {}))
+    return parsed

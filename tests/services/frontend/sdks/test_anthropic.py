@@ -38,9 +38,9 @@ def user(text: str) -> Any:
 
 
 def ask(served: Served, text: str, **fields: Any) -> anthropic.types.Message:
-    fields = {"model": PLAIN, "max_tokens": 500, "messages": [user(text)]} | fields
+    given: Any = {"model": PLAIN, "max_tokens": 500, "messages": [user(text)]} | fields
     with client(served) as connected:
-        message = connected.messages.create(**fields)
+        message = connected.messages.create(**given)
         assert isinstance(message, anthropic.types.Message)
         return message
 
@@ -80,6 +80,8 @@ def test_a_system_prompt_in_both_forms(served: Served) -> None:
     blocks = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     for system in ("Be brief.", blocks):
         assert "system\nBe brief.\nuser" in texts(ask(served, "Prompt:", system=system))
+    messages = [user("Hi"), {"role": "system", "content": "Be kind."}, user("Prompt:")]
+    assert "system\nBe kind.\nuser" in texts(ask(served, "", messages=messages))
 
 
 def test_output_of_a_schema(served: Served) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
@@ -83,11 +85,7 @@ def test_errors(served: Served, is_responses: bool) -> None:
 
 
 def test_embeddings_are_refused(served: Served) -> None:
-    embeddings = OpenAIEmbeddings(
-        model=PLAIN,
-        base_url=f"{served.url}/v1",
-        api_key="none",
-        check_embedding_ctx_length=False,
-    )
+    options: Any = {"base_url": f"{served.url}/v1", "api_key": "none"}
+    embeddings = OpenAIEmbeddings(model=PLAIN, check_embedding_ctx_length=False, **options)
     with pytest.raises(openai.BadRequestError, match="does not support embeddings"):
         embeddings.embed_query("Hi")
