@@ -99,6 +99,7 @@ def _library(target: Target, graph: Graph) -> Iterator[str]:
         "py_library",
         name=_quoted(target.name),
         srcs='glob(["**/*.py"])',
+        imports=_listed(["."] if target.folder in imports.SOURCE_ROOTS else []),
         deps=_dependencies(target, graph),
     )
     if has_program:

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-PYTHON_FOLDERS = ("benchmarks", "deploy", "libs", "services", "tests")
+PYTHON_FOLDERS = ("benchmarks", "clients", "deploy", "libs", "services", "tests")
 PROTO_FOLDER = "protos"
+
+SOURCE_ROOTS = (Path("clients/python"),)
+"""Folders besides the repository's own root that names of modules start from."""
 
 # Started by path and never imported; its BUILD file is kept by hand.
 _BY_HAND = "deploy/bazel/"
@@ -45,7 +48,8 @@ def _modules(root: Path) -> dict[str, Path]:
             file = path.relative_to(root)
             if not file.as_posix().startswith(_BY_HAND):
                 named = file.parent if file.name == "__init__.py" else file.with_suffix("")
-                modules[".".join(named.parts)] = file
+                start = next((root for root in SOURCE_ROOTS if root in file.parents), Path())
+                modules[".".join(named.relative_to(start).parts)] = file
     for folder in _proto_folders(root):
         modules[".".join(folder.parts[1:])] = folder
     return modules

@@ -11,6 +11,7 @@ from deploy.delivery import imports
 
 LIBRARIES = (
     "benchmarks/*",
+    "clients/*",
     "deploy/*",
     "libs/*",
     "libs/engine/*",

@@ -85,6 +85,14 @@ def test_a_workflow_runs_for_contracts_that_contracts_import(tmp_path: Path, wri
     assert '"services/back/**"' not in text
 
 
+def test_modules_of_another_source_root_are_found(tmp_path: Path, write: Write) -> None:
+    write("clients/python/switchgear_client/__init__.py", "class Client: ...\n")
+    write("tests/clients/test_it.py", "from switchgear_client import Client\n")
+    bring_up_to_date(tmp_path)
+    assert '"//clients/python"' in (tmp_path / "tests/clients/BUILD").read_text()
+    assert 'imports = ["."]' in (tmp_path / "clients/python/BUILD").read_text()
+
+
 def test_what_has_no_sources_any_more_is_removed(tmp_path: Path, write: Write) -> None:
     bring_up_to_date(tmp_path)
     (tmp_path / "services/back/__main__.py").unlink()
