@@ -72,6 +72,16 @@ class ModelNotAllowed(SwitchgearError):
     )
 
 
+class RoutingNotAllowed(SwitchgearError):
+    """The API key is good, but its requests may not say how they are routed."""
+
+    code, http, reason = (
+        StatusCode.PERMISSION_DENIED,
+        HTTPStatus.FORBIDDEN,
+        "ROUTING_NOT_ALLOWED",
+    )
+
+
 class RequestsLimited(SwitchgearError):
     """The API key's limit on requests, in a minute or at the same time, is reached."""
 
@@ -175,6 +185,7 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         ContextTooLong,
         Unauthenticated,
         ModelNotAllowed,
+        RoutingNotAllowed,
         RequestsLimited,
         TokensLimited,
         ModelNotFound,

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from libs.common.errors import (
     NoLiveInstance,
     RequestsLimited,
+    RoutingNotAllowed,
     SwitchgearError,
     TokensLimited,
     Unauthenticated,
 )
 from services.frontend.core.api_keys import ApiKey, digest_of
 from services.frontend.core.rate_limits import Refusal, Remaining, Usage
+from switchgear.common.v1 import routing_pb2
 
 
 class Reservation:
@@ -55,6 +57,12 @@ class Caller:
 
     def priority(self, asked: int) -> int:
         """What a request gets that asks for this priority; lower ones are run first."""
+        return asked
+
+    def routing(
+        self, asked: routing_pb2.RoutingOptions | None
+    ) -> routing_pb2.RoutingOptions | None:
+        """How a request is routed that asks for this. Raises RoutingNotAllowed."""
         return asked
 
     def rate_headers(self) -> list[tuple[bytes, bytes]]:
@@ -104,6 +112,21 @@ class KeyHolder(Caller):
 
     def priority(self, asked: int) -> int:
         return max(asked, self.key.priority)
+
+    def routing(
+        self, asked: routing_pb2.RoutingOptions | None
+    ) -> routing_pb2.RoutingOptions | None:
+        if asked is None:
+            return None
+        session = routing_pb2.RoutingOptions(session_id=asked.session_id)
+        if asked != session and not self.key.steers_routing:
+            raise RoutingNotAllowed("this API key may not choose policies or workers")
+        given = routing_pb2.RoutingOptions()
+        given.CopyFrom(asked)
+        if asked.session_id:
+            # As with the salt: a tenant's sessions are its own.
+            given.session_id = f"{self.key.tenant}/{asked.session_id}"
+        return given
 
     def rate_headers(self) -> list[tuple[bytes, bytes]]:
         now = self._clock()

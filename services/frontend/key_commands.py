@@ -59,6 +59,9 @@ def add(
     priority: Annotated[
         int, typer.Option(help="The best its requests may have; lower ones are run first.")
     ] = 0,
+    steers_routing: Annotated[
+        bool, typer.Option("--steers-routing", help="Its requests may name policies and workers.")
+    ] = False,
     file: _File = None,
     etcd_url: _EtcdUrl = _ETCD_URL,
     namespace: _Namespace = _NAMESPACE,
@@ -74,6 +77,7 @@ def add(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         priority=priority,
+        steers_routing=steers_routing,
     )
     with _problems_told():
         api_key_of(message)

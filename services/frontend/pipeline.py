@@ -278,7 +278,7 @@ class Pipeline:
             reservation=reservation,
             traceparent=traceparent if tracing.is_valid(traceparent) else "",
             trace=trace,
-            routing=routing,
+            routing=caller.routing(routing),
             accepted_at=accepted_at,
             deadline=deadline,
         )

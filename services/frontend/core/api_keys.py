@@ -34,6 +34,7 @@ class ApiKey:
     """Names or aliases; empty allows all."""
     limits: Limits = field(default_factory=Limits)
     priority: int = 0
+    steers_routing: bool = False
     """The best its requests may have; lower ones are run first."""
 
 
@@ -74,6 +75,7 @@ def api_key_of(message: access_pb2.ApiKey) -> ApiKey:
             tokens_per_minute=message.tokens_per_minute,
         ),
         priority=message.priority,
+        steers_routing=message.steers_routing,
     )
 
 

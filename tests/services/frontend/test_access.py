@@ -273,6 +273,32 @@ async def test_a_callers_salt_and_priority_stay_within_its_key(tmp_path: Path) -
         assert (ANYONE.cache_salt("mine"), ANYONE.priority(-9)) == ("mine", -9)
 
 
+async def test_only_a_key_that_says_so_may_steer_routing_and_sessions_stay_with_their_tenant(
+    tmp_path: Path,
+) -> None:
+    body = {"model": NAME, "prompt": "a"}
+    steering, session = {"x-switchgear-policy": "random"}, {"x-switchgear-session-id": "mine"}
+    async with (
+        fake_router(says("ok")) as router,
+        guarded(
+            tmp_path, stored(), stored(OTHER, "other", steers_routing=True), router=router
+        ) as started,
+    ):
+        refused = await started.client.post(
+            "/v1/completions", json=body, headers=bearer(GOOD) | steering
+        )
+        assert refused.status_code == 403
+        assert refused.json()["error"]["code"] == "routing_not_allowed"
+        for key, headers in ((GOOD, session), (OTHER, session | steering)):
+            given = await started.client.post(
+                "/v1/completions", json=body, headers=bearer(key) | headers
+            )
+            assert given.status_code == 200, given.text
+        asked = [call.submit.routing.options for call in router.calls]
+        assert [options.session_id for options in asked] == ["good/mine", "other/mine"]
+        assert [options.policy for options in asked] == ["", "random"]
+
+
 async def test_a_callers_request_id_names_nothing_inside(tmp_path: Path) -> None:
     async with (
         fake_router(says("ok")) as router,
