@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.services.frontend.sdks.installed import installed
 from tests.services.frontend.sdks.scripted import Served
 
 PACKAGES = ("litellm==1.106.2", "mcp==2.3.0")
 """For tools litellm takes mcp, which it does not ask for."""
 INSTALL_SECONDS = 100
-RUN_SECONDS = 90
+RUN_SECONDS = 180
 
 
 def install(folder: Path) -> None:
@@ -30,6 +32,7 @@ def install(folder: Path) -> None:
         )
 
 
+@pytest.mark.timeout(INSTALL_SECONDS * 2 + RUN_SECONDS)
 def test_litellm(served: Served) -> None:
     python = installed("-".join(PACKAGES), install) / "bin" / "python"
     calls = Path(__file__).with_name("litellm_calls.py")
