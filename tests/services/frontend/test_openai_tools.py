@@ -151,7 +151,7 @@ async def test_a_stream_names_a_call_before_its_arguments_come(tmp_path: Path) -
                     calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
                     fragments += 1
         assert [city["city"] for _, city in functions(calls)] == ["Paris 🗼", "Oslo }"]
-        assert fragments > 10
+        assert fragments >= 2  # How many depends on how many tokens are read at a time.
         reasoning = "".join(choice["delta"].get("reasoning", "") for choice in middle)
         assert reasoning == "They want weather."
 
