@@ -116,7 +116,7 @@ def _library(target: Target, graph: Graph) -> Iterator[str]:
 def _visibility(target: Target) -> list[str]:
     """Services meet in protos alone: nobody but tests and tools sees inside of one."""
     match target.folder.parts:
-        case ("libs", *_):
+        case ("clients" | "libs", *_):
             return ["//visibility:public"]
         case ("services", name, *_):
             seeing = ["benchmarks", "deploy", f"services/{name}", "tests"]
