@@ -32,7 +32,8 @@ _LOG_LINES = 100
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Settings that are changed while running.")
 app.add_typer(config_app, name="config")
-console = Console(highlight=False)
+# Tables that go to a file or a pipe need not fit a screen.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 RunDir = Annotated[Path, typer.Option(help="Where pid files, logs and data are.")]
 DEFAULT_RUN_DIR = topology.REPOSITORY / ".run"
