@@ -218,10 +218,7 @@ def _change_config(
 ) -> None:
     etcd_url = LocalCluster(run_dir).process("etcd-0").spec.address
     full_key = live_config.full_key(component, key, model)
-    try:
-        revision = live_config.write(etcd_url, full_key, value)
-    except ConnectionError as error:
-        raise ClusterError(str(error)) from error
+    revision = live_config.write(etcd_url, full_key, value)
     problems = live_config.wait_followed(_routers(run_dir), full_key, revision)
     if problems:
         raise ClusterError("; ".join(problems))

@@ -5,16 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-import grpc
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deploy.local.cluster import ClusterError
-from switchgear.router.v1 import router_pb2, router_pb2_grpc
-
-_CALL_SECONDS = 5.0
+from deploy.local.ask_router import CALL_SECONDS, asking
+from switchgear.router.v1 import router_pb2
 
 _WHY_THERE = {
     router_pb2.HANDOVER_REMOTE: "by a prefill worker",
@@ -56,13 +53,9 @@ def last_decisions(routers: Mapping[str, str], request_id: str, limit: int) -> D
     """Asks every router, by address. Raises ClusterError when one does not answer."""
     found = Decisions()
     for name, address in routers.items():
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            stub: router_pb2_grpc.RouterServiceStub = router_pb2_grpc.RouterServiceStub(channel)
-            request = router_pb2.ExplainDecisionRequest(request_id=request_id, limit=limit)
-            try:
-                response = stub.ExplainDecision(request, timeout=_CALL_SECONDS)
-            except grpc.RpcError as error:
-                raise ClusterError(f"{name} does not answer: {error.code().name}") from error
+        request = router_pb2.ExplainDecisionRequest(request_id=request_id, limit=limit)
+        with asking(name, address) as router:
+            response = router.ExplainDecision(request, timeout=CALL_SECONDS)
         found.decisions += ((name, explanation) for explanation in response.explanations)
         found.degradations += ((name, degradation) for degradation in response.degradations)
     found.decisions.sort(key=lambda pair: pair[1].decided_at.ToNanoseconds())

@@ -7,21 +7,21 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 from urllib.parse import quote, unquote
 
-import grpc
 from google.protobuf import json_format, struct_pb2
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from deploy.local import topology
+from deploy.local.ask_router import CALL_SECONDS, asking
+from deploy.local.cluster import ClusterError
 from libs.common.discovery import Discovery
 from libs.common.errors import NoLiveInstance
-from switchgear.router.v1 import router_pb2, router_pb2_grpc
+from switchgear.router.v1 import router_pb2
 
 Component = Literal["router"]
 """Those that have live settings."""
 
-_CALL_SECONDS = 5.0
 _FOLLOW_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
@@ -41,25 +41,21 @@ def parsed(value: str) -> struct_pb2.Value:
 
 
 def write(etcd_url: str, key: str, value: struct_pb2.Value | None) -> int:
-    """Writes or removes (None) an entry; its revision. Raises ConnectionError."""
+    """Writes or removes (None) an entry; its revision. Raises ClusterError."""
     discovery = Discovery(etcd_url, topology.NAMESPACE)
     change = discovery.delete(key) if value is None else discovery.put(key, value)
     try:
         return asyncio.run(change)
     except NoLiveInstance as error:
-        raise ConnectionError(error.message) from error
+        raise ClusterError(error.message) from error
 
 
 def settings_of(routers: Mapping[str, str]) -> Iterator[tuple[str, router_pb2.GetSettingsResponse]]:
-    """What each router goes by now. Raises ConnectionError when one does not answer."""
+    """What each router goes by now. Raises ClusterError when one does not answer."""
     for name, address in routers.items():
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            stub: router_pb2_grpc.RouterServiceStub = router_pb2_grpc.RouterServiceStub(channel)
-            request = router_pb2.GetSettingsRequest()
-            try:
-                yield name, stub.GetSettings(request, timeout=_CALL_SECONDS)
-            except grpc.RpcError as error:
-                raise ConnectionError(f"{name} does not answer: {error.code().name}") from error
+        with asking(name, address) as router:
+            settings = router.GetSettings(router_pb2.GetSettingsRequest(), timeout=CALL_SECONDS)
+        yield name, settings
 
 
 def wait_followed(routers: Mapping[str, str], key: str, revision: int) -> list[str]:

@@ -59,11 +59,6 @@ REASONING_FORMATS = {
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
 }
 
-TOOL_PARSERS = frozenset({AUTO, NONE, HARMONY, *TOOL_FORMATS})
-"""Names of tool parsers."""
-REASONING_PARSERS = frozenset({AUTO, NONE, HARMONY, *REASONING_FORMATS})
-"""Names of reasoning parsers."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFormat:
