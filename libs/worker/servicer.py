@@ -16,11 +16,11 @@ from libs.worker.host import EngineHost
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
 FILE_PIECE_BYTES = 1 << 20
-LOAD_INTERVAL_SECONDS = 0.025
+LOAD_INTERVAL_SECONDS = 0.005
 """How soon an idle client hears that the load has changed much: routers that know nothing of each
 other must not all run to the same worker. A message costs some 40 us here and there."""
 
-SLIGHT_LOAD_INTERVALS = 10
+SLIGHT_LOAD_INTERVALS = 50
 """In how many of those it hears of any change, such as the blocks that decoding takes up."""
 
 MAX_STATUS_REQUEST_IDS = 1000
