@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -13,7 +14,7 @@ import orjson
 # transformers is used for its templates only; it need not say that there is no torch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from libs.common.errors import InvalidRequest
 
@@ -74,12 +75,12 @@ class ChatTemplate:
 
         Raises InvalidRequest when the template rejects the messages, such as for their order.
         """
-        render: Any = render_jinja_template  # Annotated as if it returned one text.
         try:
-            [prompt], _ = render(
-                conversations=[list(chat.messages)],
+            template = self._tool_template if chat.tools else self._template
+            return template.render(
+                messages=list(chat.messages),
                 tools=list(chat.tools) or None,
-                chat_template=self._tool_source if chat.tools else self._source,
+                documents=None,
                 add_generation_prompt=chat.begins_answer,
                 **{**chat.variables, **self._special_tokens},
             )
@@ -87,7 +88,22 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template rejected the messages: {error}", param="messages"
             ) from error
-        return str(prompt)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return _compiled(self._source)
+
+    @cached_property
+    def _tool_template(self) -> jinja2.Template:
+        return _compiled(self._tool_source)
+
+
+def _compiled(source: str) -> jinja2.Template:
+    """As transformers' render_jinja_template would use it, which looks it up at every call."""
+    template: jinja2.Template = _compile_jinja_template(source)
+    # Jinja copies them for each text, and a chain of maps takes as long as the rest.
+    template.globals = dict(template.globals)
+    return template
 
 
 def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:

@@ -90,6 +90,7 @@ class Completion:
         self._prompt_logprobs: list[Position] = []
         self._sessions = sessions
         self._metrics = metrics
+        self._model_metrics = metrics.of(request.model.name)
         self._attempts = Attempts(
             prompt=request.prompt,
             max_tokens=request.max_tokens,
@@ -112,7 +113,7 @@ class Completion:
         self._failure: SwitchgearError | None = None
         self._loop = asyncio.get_running_loop()
         self._last_tokens_at = 0.0
-        self._itl = metrics.itl_seconds.labels(request.model.name)
+        self._itl = self._model_metrics.itl_seconds
 
     @property
     def prompt_tokens(self) -> int:
@@ -285,7 +286,7 @@ class Completion:
         shown = tokens[:-1] if hides_last else tokens
         if self._matcher is None and self._ledger is None:
             self._attempts.add(shown)
-            text = "".join(map(self._detokenizer.add, shown))
+            text = self._detokenizer.add(shown)
         else:
             text = self._text(shown, inbox.take_logprobs())
         if hides_last and not self.is_finished:
@@ -298,7 +299,7 @@ class Completion:
         pieces = []
         for index, token in enumerate(tokens):
             self._attempts.add((token,))
-            piece = self._detokenizer.add(token)
+            piece = self._detokenizer.add((token,))
             if self._ledger is not None:
                 self._ledger.add(positions[index], piece)
             if self._matcher is not None and self.completion_tokens > self.request.min_tokens:
@@ -314,11 +315,10 @@ class Completion:
         return text
 
     def _on_first_tokens(self, inbox: Inbox, now: float) -> None:
-        name = self.request.model.name
         if (trace := self.request.trace) is not None:
             trace.first_tokens()
-        self._metrics.ttft_seconds.labels(name).observe(now - self.request.accepted_at)
-        self._metrics.prompt_tokens.labels(name).inc(self.prompt_tokens)
+        self._model_metrics.ttft_seconds.observe(now - self.request.accepted_at)
+        self._model_metrics.prompt_tokens.inc(self.prompt_tokens)
         is_transferred = inbox.start is not None and inbox.start.transferred_tokens > 0
         if inbox.routed is not None:
             self.decode_worker = inbox.routed.decode_worker.name
@@ -328,7 +328,7 @@ class Completion:
         self._prompt_logprobs = inbox.prompt_logprobs
         if inbox.start is not None and not is_transferred:
             self.cached_tokens = inbox.start.cached_tokens
-        self._metrics.cached_tokens.labels(name).inc(self.cached_tokens)
+        self._model_metrics.cached_tokens.inc(self.cached_tokens)
 
 
 @contextmanager
@@ -347,8 +347,8 @@ def running(completion: Completion, metrics: FrontendMetrics) -> Iterator[Comple
         if (reservation := completion.request.reservation) is not None:
             used_tokens = completion.prompt_tokens + completion.completion_tokens
             reservation.settle(0 if is_unserved else used_tokens)
-        name = completion.request.model.name
-        metrics.completion_tokens.labels(name).inc(completion.completion_tokens)
+        of_model = metrics.of(completion.request.model.name)
+        of_model.completion_tokens.inc(completion.completion_tokens)
         if completion.is_finished:
             seconds = asyncio.get_running_loop().time() - completion.request.accepted_at
-            metrics.request_seconds.labels(name).observe(seconds)
+            of_model.request_seconds.observe(seconds)

@@ -15,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from services.frontend.openai.errors import ApiError
+from services.frontend.openai.exchange import CONNECTION
+from services.frontend.watch import Connection
 
 _MALFORMED = ApiError(
     HTTPStatus.BAD_REQUEST, "The request is not valid HTTP/1.1", code="invalid_http"
@@ -51,6 +53,7 @@ class HttpProtocol(HttpToolsProtocol):
         what chunked bodies have around their pieces."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._refusal = _MALFORMED
+        self._connection = Connection()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -63,6 +66,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._stop_head_timer()
         super().connection_lost(exc)
+        self._connection.lose()
 
     def data_received(self, data: bytes) -> None:
         self._framing_bytes += len(data)
@@ -78,6 +82,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: self._connection}  # type: ignore[dict-item]
         self._is_in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -99,6 +104,13 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if not self.pipeline:
+            # The end of a large body may have stopped the reading, which is what notices that a
+            # client leaves.
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what can't be parsed, and closes."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar, assert_never
@@ -13,7 +13,6 @@ from typing import TypeAlias, TypeVar, assert_never
 from libs.common import tracing
 from libs.common.errors import (
     ContextTooLong,
-    DeadlineExceeded,
     InvalidRequest,
     ModelNotAllowed,
     NoLiveInstance,
@@ -180,7 +179,7 @@ class Pipeline:
         detokenizer = model.tokenizer.detokenizer((), keeps_special_tokens=keeps_special_tokens)
 
         def add_all() -> list[str]:
-            return list(map(detokenizer.add, token_ids))
+            return [detokenizer.add((token_id,)) for token_id in token_ids]
 
         if len(token_ids) > LONG_ECHO_TOKENS:
             return await asyncio.to_thread(add_all)
@@ -288,16 +287,6 @@ class Pipeline:
 def new_request_id(prefix: str) -> str:
     """A unique name for a request, such as chatcmpl-..."""
     return f"{prefix}-{random.getrandbits(128):032x}"
-
-
-@asynccontextmanager
-async def time_limit(deadline: float) -> AsyncIterator[None]:
-    """Raises DeadlineExceeded in the body at that time of the event loop."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded("the request took longer than it was allowed to") from None
 
 
 async def _near_or_far(

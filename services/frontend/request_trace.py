@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from libs.common import tracing
 from libs.common.errors import DeadlineExceeded, InternalError, SwitchgearError
 from libs.common.tracing import Kind, Span, Value
+from services.frontend.watch import ClientLeft
 from switchgear.common.v1 import generation_pb2
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class RequestTrace:
         reason = ""
         if isinstance(error, SwitchgearError):
             reason = error.reason
-        elif isinstance(error, Exception):
+        elif isinstance(error, Exception) and not isinstance(error, ClientLeft):
             reason = InternalError.reason
         elif error is not None:
             is_late = asyncio.get_running_loop().time() >= completion.request.deadline

@@ -20,8 +20,8 @@ from services.frontend.pipeline import (
     Pipeline,
     Prompt,
     new_request_id,
-    time_limit,
 )
+from services.frontend.watch import Watch
 from switchgear.inference.v1 import inference_pb2
 from switchgear.inference.v1.inference_pb2_grpc import InferenceServiceServicer
 
@@ -84,34 +84,33 @@ class InferenceServicer(InferenceServiceServicer):
         left_seconds = context.time_remaining()
         limit_seconds = pipeline.settings.request_timeout_seconds
         deadline = accepted_at + min(limit_seconds, left_seconds or limit_seconds)
-        with pipeline.admitted(caller):
-            async with time_limit(deadline):
-                model = pipeline.model_for(caller, request.model)
-                completion = pipeline.start(
-                    new_request_id("gen"),
-                    model,
-                    await pipeline.tokenise(model, _prompt(request)),
-                    options,
-                    caller=caller,
-                    traceparent=_traceparent(context),
-                    routing=request.routing if request.HasField("routing") else None,
-                    accepted_at=accepted_at,
-                    deadline=deadline,
-                )
-                with running(completion, pipeline.metrics):
-                    is_first = True
-                    while not completion.is_finished:
-                        response = inference_pb2.GenerateResponse(text=await completion.read())
-                        if request.HasField("logprobs"):
-                            _add_logprobs(response, completion, is_first=is_first)
-                        is_first = False
-                        if not completion.is_finished and response.ByteSize():
-                            await context.write(response)
-                    response.finish_reason = completion.finish_reason
-                    response.usage.prompt_tokens = completion.prompt_tokens
-                    response.usage.completion_tokens = completion.completion_tokens
-                    response.usage.cached_tokens = completion.cached_tokens
-                    await context.write(response)
+        with pipeline.admitted(caller), Watch(deadline):
+            model = pipeline.model_for(caller, request.model)
+            completion = pipeline.start(
+                new_request_id("gen"),
+                model,
+                await pipeline.tokenise(model, _prompt(request)),
+                options,
+                caller=caller,
+                traceparent=_traceparent(context),
+                routing=request.routing if request.HasField("routing") else None,
+                accepted_at=accepted_at,
+                deadline=deadline,
+            )
+            with running(completion, pipeline.metrics):
+                is_first = True
+                while not completion.is_finished:
+                    response = inference_pb2.GenerateResponse(text=await completion.read())
+                    if request.HasField("logprobs"):
+                        _add_logprobs(response, completion, is_first=is_first)
+                    is_first = False
+                    if not completion.is_finished and response.ByteSize():
+                        await context.write(response)
+                response.finish_reason = completion.finish_reason
+                response.usage.prompt_tokens = completion.prompt_tokens
+                response.usage.completion_tokens = completion.completion_tokens
+                response.usage.cached_tokens = completion.cached_tokens
+                await context.write(response)
 
     async def ListModels(
         self,

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import orjson
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from libs.common.errors import InvalidRequest
 from services.frontend.chat_template import Chat, chat_template_of
+from services.frontend.detokenizer import (
+    ByteDetokenizer,
+    Detokenizer,
+    StreamDetokenizer,
+    decodes_bytes,
+)
 from services.frontend.parsers.formats import detected
-
-_PROMPT_TAIL_TOKENS = 8
-"""Prompt tokens that the text of the first output token may depend on, such as for its space."""
+from services.frontend.segments import SegmentEncoder
 
 _PROMPT_END_TOKENS = 32
 """Prompt tokens among which a mark at its end is found."""
-
-_MOST_SILENT_TOKENS = 16
-"""A character has at most 4 bytes, so more tokens than this without text are not half of one."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """What tokenizers with a fallback to bytes call the token of a byte."""
@@ -49,6 +49,7 @@ class ModelTokenizer:
             raise ValueError(f"unusable tokenizer files: {error!r}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._segments = SegmentEncoder(self._tokenizer)
         bos = config.get("bos_token")
         text = bos.get("content") if isinstance(bos, dict) else bos
         self._bos_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
@@ -58,6 +59,8 @@ class ModelTokenizer:
         self._bytes_of_letters = byte_letters()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: at for at, token in added.items() if token.special}
+        self._all_special = frozenset(self._special_ids.values())
+        self._decodes_bytes = decodes_bytes(self._tokenizer)
         self._template_source = self._chat_template.source if self._chat_template else ""
         self.detected_format = detected(self._template_source, self._is_token)
         """How the model writes reasoning and tool calls, as far as its files tell."""
@@ -66,8 +69,11 @@ class ModelTokenizer:
         """Tokens of a plain prompt, by default with the special tokens that the model wants around
         one."""
         if not adds_special_tokens:
-            return self._encode(text, add_special_tokens=False)
-        token_ids = self._encode(text, add_special_tokens=True)
+            return self._segments.encode(text)
+        # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
+        # nobody.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=True)
+        token_ids: list[int] = encoding.ids
         # A prompt that already starts with the token would otherwise have it twice.
         if self._bos_id is not None and token_ids[:2] == [self._bos_id, self._bos_id]:
             return token_ids[1:]
@@ -82,16 +88,7 @@ class ModelTokenizer:
             raise InvalidRequest(
                 "the model has no chat template; use completions", param="messages"
             )
-        return self._encode(self._chat_template.render(chat), add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
-        # nobody.
-        [encoding] = self._tokenizer.encode_batch_fast(
-            [text], add_special_tokens=add_special_tokens
-        )
-        token_ids: list[int] = encoding.ids
-        return token_ids
+        return self._segments.encode(self._chat_template.render(chat))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens that are all known, special ones included."""
@@ -126,7 +123,7 @@ class ModelTokenizer:
 
     @cached_property
     def _neighbour(self) -> int:
-        token_ids = self._encode("a", add_special_tokens=False)
+        token_ids = self._segments.encode("a")
         return token_ids[-1] if token_ids else 0
 
     def template_has(self, *variables: str) -> bool:
@@ -149,66 +146,14 @@ class ModelTokenizer:
     ) -> Detokenizer:
         """Text of what follows the prompt. Of special tokens only `marks` have one, unless all are
         kept."""
-        shown = self._special_ids.keys() & set(marks)
-        if keeps_special_tokens or not shown:
-            return Detokenizer(self._tokenizer, prompt, keeps_special_tokens=keeps_special_tokens)
-        dropped = {at for text, at in self._special_ids.items() if text not in shown}
-        return _MarkDetokenizer(self._tokenizer, prompt, dropped)
+        dropped = self._all_special
+        if keeps_special_tokens:
+            dropped = frozenset()
+        elif marks:
+            dropped -= {self._special_ids[mark] for mark in marks if mark in self._special_ids}
+        if self._decodes_bytes:
+            return ByteDetokenizer(self.token_bytes, dropped)
+        return StreamDetokenizer(self._tokenizer, prompt, dropped)
 
     def _is_token(self, text: str) -> bool:
         return self._tokenizer.token_to_id(text) is not None
-
-
-class Detokenizer:
-    """Text of tokens as they come, in whole characters; special tokens have none, unless they are
-    to be kept."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], *, keeps_special_tokens: bool = False
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._skips = not keeps_special_tokens
-        tail = list(prompt[-_PROMPT_TAIL_TOKENS:])
-        # A tail that ends within a character would come out again as output.
-        if tokenizer.decode(tail, skip_special_tokens=self._skips).endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):
-            tail = []
-        self._stream = DecodeStream(ids=tail, skip_special_tokens=self._skips)
-        self._silent: list[int] = []
-
-    def add(self, token_id: int) -> str:
-        """The text that the token completes; empty within a character.
-
-        What is no text at all comes out as replacement characters. Half a character at the very
-        end never comes out.
-        """
-        self._silent.append(token_id)
-        try:
-            text: str | None = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # "Invalid prefix", which has no type of its own.
-            # The tokens decode to something else beside each other than one by one.
-            text = self._restart()
-        if text is None and len(self._silent) > _MOST_SILENT_TOKENS:
-            # Each step decodes the silent tokens again, so their number must stay small.
-            text = self._restart()
-        if text is None:
-            return ""
-        self._silent.clear()
-        return text
-
-    def _restart(self) -> str:
-        self._stream = DecodeStream(skip_special_tokens=self._skips)
-        text: str = self._tokenizer.decode(self._silent, skip_special_tokens=self._skips)
-        return text
-
-
-class _MarkDetokenizer(Detokenizer):
-    """Keeps the special tokens that mark what an answer is made of, and drops the others."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], dropped: Set[int]) -> None:
-        super().__init__(tokenizer, prompt, keeps_special_tokens=True)
-        self._dropped = dropped
-
-    def add(self, token_id: int) -> str:
-        return "" if token_id in self._dropped else super().add(token_id)

@@ -237,7 +237,7 @@ class PromptBody(Strict):
     model: str = Field(min_length=1, max_length=256)
     messages: list[_Message] = Field(min_length=1)
     system: Annotated[str | None, BeforeValidator(_texts)] = None
-    tools: list[_CustomTool] = Field(default=[], max_length=MAX_TOOLS)
+    tools: list[_CustomTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: _ToolChoice | None = None
     thinking: _ThinkingConfig | None = None
     output_config: _OutputConfig | None = None
@@ -295,7 +295,7 @@ class MessagesBody(PromptBody):
 
     max_tokens: MaxTokens
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = (
-        Field(default=[], max_length=MAX_STOP_STRINGS)
+        Field(default_factory=list, max_length=MAX_STOP_STRINGS)
     )
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)

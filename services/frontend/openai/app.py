@@ -10,7 +10,6 @@ import orjson
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -41,6 +40,7 @@ from services.frontend.openai.routing_headers import routing_options
 from services.frontend.openai.schema import ChatBody, CompletionBody, checked, parse
 from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from services.frontend.pipeline import Pipeline, Prompt
+from services.frontend.watch import ClientLeft
 
 
 class _Endpoint:
@@ -53,7 +53,7 @@ class _Endpoint:
         try:
             response = await self._handle(Request(scope, receive))
             await response(scope, receive, send)
-        except ClientDisconnect:
+        except ClientLeft:
             await _for_nobody()(scope, receive, send)
         except Exception as error:
             await _answer_to(error, scope)(scope, receive, send)
@@ -90,13 +90,14 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
         prompts: Sequence[Prompt],
         dialect: Dialect,
     ) -> Response:
+        exchange = exchange_of(request.scope)
         return GenerationResponse(
             pipeline,
             body,
             prompts,
             dialect,
-            traceparent=_traceparent(request),
-            routing=routing_options(request.scope["headers"]),
+            traceparent=exchange.headers.get(b"traceparent", b"").decode("latin-1"),
+            routing=routing_options(exchange.headers),
         )
 
     async def chat_completions(request: Request) -> Response:
@@ -242,8 +243,8 @@ def _answer_errors(app: FastAPI) -> None:
         refusal = ApiError(error.status_code, message, code=code, headers=headers)
         return error_response(refusal, request.scope)
 
-    @app.exception_handler(ClientDisconnect)
-    async def on_client_left(request: Request, error: ClientDisconnect) -> Response:
+    @app.exception_handler(ClientLeft)
+    async def on_client_left(request: Request, error: ClientLeft) -> Response:
         return _for_nobody()
 
 
@@ -281,7 +282,3 @@ def _model_object(name: str, facts: KnownModel, problem: str) -> dict[str, Any]:
 
 def _caller(request: Request) -> Caller:
     return exchange_of(request.scope).caller
-
-
-def _traceparent(request: Request) -> str:
-    return request.headers.get("traceparent", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,6 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.frontend.access import ANYONE, Caller
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.pipeline import new_request_id
+from services.frontend.watch import Connection
+
+CONNECTION = "switchgear.connection"
+"""Name of the extension by which the server tells what connection a request came on."""
 
 _KEY = "switchgear.exchange"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/-]{1,128}")
@@ -39,6 +44,9 @@ class Exchange:
 
     request_id: str
     """The client's own, or a new one; not unique if the client says so."""
+    headers: Mapping[bytes, bytes]
+    """Names in lower case; of one that came several times the first value."""
+    connection: Connection
     send: Send
     """The server's own. Layers between it and an answer look at its first message only, so the
     chunks of a stream need not pass through them."""
@@ -67,7 +75,10 @@ class ExchangeRecorder:
         if scope["type"] != "http":
             # uvicorn is told to offer neither websockets nor lifespan.
             raise NotImplementedError(scope["type"])
-        exchange = scope[_KEY] = Exchange(_request_id(scope), send)
+        headers = dict(reversed(scope["headers"]))
+        exchange = scope[_KEY] = Exchange(
+            _request_id(headers), headers, scope["extensions"][CONNECTION], send
+        )
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -83,16 +94,15 @@ class ExchangeRecorder:
         try:
             await self._app(scope, receive, send_named)
         finally:
-            self._metrics.requests.labels(
+            self._metrics.requests_of(
                 exchange.model, _endpoint(scope["path"]), str(exchange.status)
             ).inc()
 
 
-def _request_id(scope: Scope) -> str:
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    for name, value in headers:
-        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
-            return value.decode()
+def _request_id(headers: Mapping[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id")
+    if given is not None and _SANE_ID.fullmatch(given):
+        return given.decode()
     return new_request_id("req")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from libs.common.errors import SwitchgearError
@@ -24,7 +26,8 @@ class AccessGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN_PATHS:
             try:
-                exchange_of(scope).caller = self._access.caller(_authorization(scope))
+                exchange = exchange_of(scope)
+                exchange.caller = self._access.caller(_authorization(exchange.headers))
             except SwitchgearError as error:
                 response = error_response(api_error_of(error), scope)
                 await response(scope, receive, send)
@@ -32,13 +35,9 @@ class AccessGate:
         await self._app(scope, receive, send)
 
 
-def _authorization(scope: Scope) -> str:
+def _authorization(headers: Mapping[bytes, bytes]) -> str:
     """What OpenAI's clients send, or else Anthropic's key in the same form."""
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    key = ""
-    for name, value in headers:
-        if name == b"authorization":
-            return value.decode("latin-1")
-        if name == b"x-api-key":
-            key = f"Bearer {value.decode('latin-1')}"
-    return key
+    if (authorization := headers.get(b"authorization")) is not None:
+        return authorization.decode("latin-1")
+    key = headers.get(b"x-api-key")
+    return "" if key is None else f"Bearer {key.decode('latin-1')}"

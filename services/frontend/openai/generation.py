@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,8 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from libs.common import logs
-from libs.common.errors import SwitchgearError
-from libs.common.tasks import background
+from libs.common.errors import DeadlineExceeded, SwitchgearError
 from services.frontend.completion import Completion, running
 from services.frontend.openai.choices import Choice, merged
 from services.frontend.openai.dialect import Dialect
@@ -28,17 +27,14 @@ from services.frontend.openai.exchange import exchange_of
 from services.frontend.openai.formats import Answer, usage_of
 from services.frontend.openai.keep_alive import COMMENT, KeepAlive
 from services.frontend.openai.schema import ChatBody, CompletionBody
-from services.frontend.pipeline import Pipeline, Prompt, new_request_id, time_limit
+from services.frontend.pipeline import Pipeline, Prompt, new_request_id
+from services.frontend.watch import ClientLeft, Watch
 from switchgear.common.v1 import routing_pb2
 
 log = logs.get(__name__)
 
 LAST_WRITE_SECONDS = 10
 """For the end of an answer to a client that reads slowly or not at all."""
-
-
-class ClientLeft(Exception):
-    """The client closed its connection before its answer was complete."""
 
 
 class GenerationResponse(Response):
@@ -66,8 +62,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with _until_client_leaves(receive):
-                last = await self._generate(scope, send)
+            last = await self._generate(scope, send)
         except ClientLeft:
             self._pipeline.metrics.disconnects.inc()
             return
@@ -82,79 +77,85 @@ class GenerationResponse(Response):
             log.exception("stream failed", request_id=self._answer_id)
             last = self._dialect.error_event(internal_error())
         # A client that never reads does not get to see its end.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WRITE_SECONDS):
-                await send({"type": "http.response.body", "body": last})
+        with (
+            suppress(DeadlineExceeded),
+            Watch(asyncio.get_running_loop().time() + LAST_WRITE_SECONDS),
+        ):
+            await send({"type": "http.response.body", "body": last})
 
     async def _generate(self, scope: Scope, send: Send) -> bytes:
         """Sends the answer up to its last bytes, which it returns."""
         pipeline, body = self._pipeline, self._body
         accepted_at = asyncio.get_running_loop().time()
         deadline = accepted_at + pipeline.settings.request_timeout_seconds
-        caller = exchange_of(scope).caller
-        with pipeline.admitted(caller), ExitStack() as completions_running:
-            async with time_limit(deadline):
-                exchange_of(scope).model = pipeline.models.canonical_name(body.model)
-                model = pipeline.model_for(caller, body.model)
-                parsing = body.parsing(model) if isinstance(body, ChatBody) else None
-                completions: list[Completion] = []
-                answer = Answer(
-                    answer_id=self._answer_id,
-                    model=model,
-                    created=int(time.time()),
-                    service_tier=body.service_tier,
-                    usage=partial(usage_of, completions, body.n),
-                    includes_usage=body.includes_usage,
-                    includes_usage_so_far=body.includes_usage_so_far,
-                )
-                choices: list[Choice] = []
-                for prompt in self._prompts:
-                    token_ids = await pipeline.tokenise(model, prompt)
-                    echoed = None
-                    if body.echoes:
-                        echoed = await pipeline.texts(
-                            model, token_ids, keeps_special_tokens=not body.skip_special_tokens
+        exchange = exchange_of(scope)
+        caller = exchange.caller
+        with (
+            pipeline.admitted(caller),
+            ExitStack() as completions_running,
+            Watch(deadline, exchange.connection),
+        ):
+            exchange.model = pipeline.models.canonical_name(body.model)
+            model = pipeline.model_for(caller, body.model)
+            parsing = body.parsing(model) if isinstance(body, ChatBody) else None
+            completions: list[Completion] = []
+            answer = Answer(
+                answer_id=self._answer_id,
+                model=model,
+                created=int(time.time()),
+                service_tier=body.service_tier,
+                usage=partial(usage_of, completions, body.n),
+                includes_usage=body.includes_usage,
+                includes_usage_so_far=body.includes_usage_so_far,
+            )
+            choices: list[Choice] = []
+            for prompt in self._prompts:
+                token_ids = await pipeline.tokenise(model, prompt)
+                echoed = None
+                if body.echoes:
+                    echoed = await pipeline.texts(
+                        model, token_ids, keeps_special_tokens=not body.skip_special_tokens
+                    )
+                for number in range(body.n):
+                    index = len(choices)
+                    options = body.options(number)
+                    if parsing is not None and parsing.marks:
+                        options = replace(options, marks=parsing.marks)
+                    completion = pipeline.start(
+                        f"{self._answer_id}-{index}" if index else self._answer_id,
+                        model,
+                        token_ids,
+                        options,
+                        caller=caller,
+                        traceparent=self._traceparent,
+                        routing=self._routing,
+                        accepted_at=accepted_at,
+                        deadline=deadline,
+                    )
+                    completions_running.enter_context(running(completion, pipeline.metrics))
+                    completions.append(completion)
+                    parsed = None
+                    if isinstance(body, ChatBody) and parsing is not None and parsing.is_needed:
+                        parsed = body.choice_of(parsing, completion)
+                    choices.append(
+                        Choice(
+                            completion,
+                            self._dialect.shape(answer, index, parsed),
+                            echoed=echoed,
+                            has_logprobs=body.logprob_options is not None,
                         )
-                    for number in range(body.n):
-                        index = len(choices)
-                        options = body.options(number)
-                        if parsing is not None and parsing.marks:
-                            options = replace(options, marks=parsing.marks)
-                        completion = pipeline.start(
-                            f"{self._answer_id}-{index}" if index else self._answer_id,
-                            model,
-                            token_ids,
-                            options,
-                            caller=caller,
-                            traceparent=self._traceparent,
-                            routing=self._routing,
-                            accepted_at=accepted_at,
-                            deadline=deadline,
-                        )
-                        completions_running.enter_context(running(completion, pipeline.metrics))
-                        completions.append(completion)
-                        parsed = None
-                        if isinstance(body, ChatBody) and parsing is not None and parsing.is_needed:
-                            parsed = body.choice_of(parsing, completion)
-                        choices.append(
-                            Choice(
-                                completion,
-                                self._dialect.shape(answer, index, parsed),
-                                echoed=echoed,
-                                has_logprobs=body.logprob_options is not None,
-                            )
-                        )
-                if body.stream:
-                    last = await self._stream(choices, scope, send)
-                    return last + self._dialect.end_chunks(answer)
-                wholes = await _read_all(choices)
-                whole = self._dialect.whole_answer(answer, wholes)
-                headers = [
-                    (b"content-type", b"application/json"),
-                    (b"content-length", str(len(whole)).encode()),
-                ]
-                await self._start(send, headers, completions[0])
-                return whole
+                    )
+            if body.stream:
+                last = await self._stream(choices, scope, send)
+                return last + self._dialect.end_chunks(answer)
+            wholes = await _read_all(choices)
+            whole = self._dialect.whole_answer(answer, wholes)
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(whole)).encode()),
+            ]
+            await self._start(send, headers, completions[0])
+            return whole
 
     async def _stream(self, choices: Sequence[Choice], scope: Scope, send: Send) -> bytes:
         """Sends the chunks but the last, which it returns."""
@@ -207,29 +208,3 @@ async def _read_all(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in reading]
-
-
-@asynccontextmanager
-async def _until_client_leaves(receive: Receive) -> AsyncIterator[None]:
-    """Raises ClientLeft in the body when the client closes its connection.
-
-    The body must not send the end of the answer, after which servers report the client as gone.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    has_left = False
-
-    async def watch() -> None:
-        nonlocal has_left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        has_left = True
-        task.cancel()
-
-    async with background(watch()):
-        try:
-            yield
-        except asyncio.CancelledError:
-            if has_left and task.uncancel() == 0:
-                raise ClientLeft from None
-            raise

@@ -67,7 +67,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_text_content)] = None
     name: str | None = None
-    tool_calls: list[_ToolCall] = Field(default=[])
+    tool_calls: list[_ToolCall] = Field(default_factory=list)
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None

@@ -216,7 +216,7 @@ class ResponsesBody(Strict):
     model: str = Field(min_length=1, max_length=256)
     input: Annotated[list[_Item], BeforeValidator(_items), Field(min_length=1)]
     instructions: str | None = None
-    tools: list[_FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
+    tools: list[_FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[InstanceOf[ToolChoice] | None, BeforeValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
     text: _TextSettings | None = None
@@ -227,7 +227,7 @@ class ResponsesBody(Strict):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Alternatives of each token, where `include` asks for log probabilities."""
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
-        default=[]
+        default_factory=list
     )
     """Reasoning is not encrypted here, and always included."""
     stream: bool = False
@@ -236,7 +236,7 @@ class ResponsesBody(Strict):
     metadata: dict[
         Annotated[str, Field(max_length=64)],
         Annotated[str, Field(max_length=512)],
-    ] = Field(default={}, max_length=16)
+    ] = Field(default_factory=dict, max_length=16)
     user: str | None = None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from services.frontend.openai.errors import ApiError
@@ -20,13 +20,13 @@ MAX_CHARACTERS = 1024
 
 
 def routing_options(
-    headers: Iterable[tuple[bytes, bytes]],
+    headers: Mapping[bytes, bytes],
 ) -> routing_pb2.RoutingOptions | None:
     """What the request asks of routing; None when it asks for nothing, as nearly all do.
 
     Raises ApiError, naming the header.
     """
-    raw = {name: value for name, value in headers if name.startswith(b"x-switchgear-")}
+    raw = {name: value for name, value in headers.items() if name.startswith(b"x-switchgear-")}
     if not raw:
         return None
     given = {

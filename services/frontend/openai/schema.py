@@ -119,7 +119,7 @@ class GenerationBody(ConstrainedBody):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         BeforeValidator(_stop_strings),
-    ] = Field(default=[], max_length=MAX_STOP_STRINGS)
+    ] = Field(default_factory=list, max_length=MAX_STOP_STRINGS)
     n: int = Field(default=1, ge=1, le=MAX_N)
     logit_bias: Annotated[
         dict[
@@ -127,7 +127,7 @@ class GenerationBody(ConstrainedBody):
             Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
         ],
         BeforeValidator(_biases),
-    ] = Field(default={}, max_length=MAX_BIASED_TOKENS)
+    ] = Field(default_factory=dict, max_length=MAX_BIASED_TOKENS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -138,7 +138,7 @@ class GenerationBody(ConstrainedBody):
     metadata: dict[
         Annotated[str, Field(max_length=64)],
         Annotated[str, Field(max_length=512)],
-    ] = Field(default={}, max_length=16)
+    ] = Field(default_factory=dict, max_length=16)
 
     # vLLM's extensions.
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
@@ -148,7 +148,7 @@ class GenerationBody(ConstrainedBody):
     min_tokens: int = Field(default=0, ge=0, lt=2**31)
     ignore_eos: bool = False
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
-        default=[], max_length=MAX_STOP_TOKEN_IDS
+        default_factory=list, max_length=MAX_STOP_TOKEN_IDS
     )
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

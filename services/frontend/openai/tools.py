@@ -38,7 +38,7 @@ _TEMPLATE_OWN = frozenset(
 class _Function(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
-    parameters: dict[str, Any] = Field(default={})
+    parameters: dict[str, Any] = Field(default_factory=dict)
     """JSON schema of the arguments; empty for a function without any."""
     strict: bool | None = None
     """Whether arguments must keep to the schema. Only those of a forced call do."""
@@ -84,7 +84,7 @@ class ToolBody(Strict):
     """What the caller's API calls it, for errors."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[_Tool] = Field(default=[], max_length=MAX_TOOLS)
+    tools: list[_Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[InstanceOf[ToolChoice] | None, BeforeValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
@@ -92,7 +92,7 @@ class ToolBody(Strict):
     )
 
     # vLLM's extensions.
-    chat_template_kwargs: dict[str, Any] = Field(default={})
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More for the template, such as enable_thinking."""
     include_reasoning: bool = True
 

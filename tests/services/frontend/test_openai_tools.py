@@ -62,7 +62,7 @@ class Serving:
     def prompt(self) -> str:
         """Of the last request."""
         token_ids = list(self.router.calls[-1].generation.token_ids)
-        return "".join(map(self.tokenizer.detokenizer((), marks=ALL_SPECIAL).add, token_ids))
+        return self.tokenizer.detokenizer((), marks=ALL_SPECIAL).add(token_ids)
 
     async def chat(self, **fields: Any) -> dict[str, Any]:
         """The only choice of an answer."""

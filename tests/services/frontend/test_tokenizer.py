@@ -16,9 +16,28 @@ from tests.services.frontend.byte_model import END_TOKEN, FILES, TOKENIZER, file
 BYTE_TOKENS = 256
 
 
+def _tokenizer_of_words() -> ModelTokenizer:
+    pieces = [("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581", -2.0), ("b", -3.0), ("<0xC3>", -4.0)]
+    pieces += [("<0xA9>", -4.0), ("a", -5.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return ModelTokenizer({"tokenizer.json": tokenizer.to_str().encode()})
+
+
+WORDS = _tokenizer_of_words()
+
+
 def text_of(token_ids: list[int], prompt: list[int]) -> str:
     detokenizer = TOKENIZER.detokenizer(prompt)
-    return "".join(map(detokenizer.add, token_ids))
+    return "".join(detokenizer.add((token_id,)) for token_id in token_ids)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text("aé🎉"))
@@ -29,10 +48,10 @@ def test_text_survives_the_way_through_tokens(text: str, prompt: str) -> None:
 @given(st.text("aé🎉", min_size=1), st.lists(st.integers(0, BYTE_TOKENS - 1), max_size=12))
 def test_half_a_character_never_comes_out(text: str, prompt: list[int]) -> None:
     detokenizer = TOKENIZER.detokenizer(prompt)
-    detokenizer.add(tokens("x")[0])
+    detokenizer.add(tokens("x"))
     out = ""
     for token in TOKENIZER.encode(text):
-        out += detokenizer.add(token)
+        out += detokenizer.add((token,))
         assert text.startswith(out)
 
 
@@ -55,7 +74,7 @@ def test_special_tokens_have_no_text() -> None:
 
 def test_special_tokens_have_text_when_they_are_to_be_kept() -> None:
     detokenizer = TOKENIZER.detokenizer([], keeps_special_tokens=True)
-    text = "".join(map(detokenizer.add, [*tokens("é"), END_TOKEN, *tokens("b")]))
+    text = detokenizer.add([*tokens("é"), END_TOKEN, *tokens("b")])
     assert text == "é<|im_end|>b"
 
 
@@ -65,19 +84,25 @@ def test_the_bytes_of_tokens_are_the_bytes_of_their_text(text: str) -> None:
 
 
 def test_the_bytes_of_tokens_of_a_tokenizer_of_words_keep_their_spaces() -> None:
-    pieces = [("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581", -2.0), ("b", -3.0), ("<0xC3>", -4.0)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    words = ModelTokenizer({"tokenizer.json": tokenizer.to_str().encode()})
-    assert [words.token_bytes(token) for token in range(1, 5)] == [b" a", b" ", b"b", b"\xc3"]
+    assert [WORDS.token_bytes(token) for token in range(1, 5)] == [b" a", b" ", b"b", b"\xc3"]
+
+
+@given(st.text("abé ", min_size=1), st.text("ab é"))
+def test_text_of_words_goes_on_where_the_prompt_ends(text: str, prompt: str) -> None:
+    prompt_ids, whole_ids = WORDS.encode(prompt), WORDS.encode(prompt + text)
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        added = WORDS.detokenizer(prompt_ids).add(whole_ids[len(prompt_ids) :])
+        assert WORDS.decode(prompt_ids) + added == WORDS.decode(whole_ids)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, WORDS], ids=["bytes", "words"])
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4)))
+def test_tokens_that_come_together_have_the_text_that_they_have_one_by_one(
+    tokenizer: ModelTokenizer, steps: list[list[int]]
+) -> None:
+    together, alone = tokenizer.detokenizer([]), tokenizer.detokenizer([])
+    for step in steps:
+        assert together.add(step) == "".join(alone.add((token_id,)) for token_id in step)
 
 
 def test_chat_goes_through_the_models_own_template() -> None:
@@ -154,7 +179,7 @@ def test_a_template_that_writes_the_start_token_has_it_once() -> None:
 def test_of_special_tokens_only_marks_have_a_text() -> None:
     text = "<|im_start|>a<|im_end|>b<|bos|>"
     detokenizer = TOKENIZER.detokenizer(tokens("x"), marks=["<|im_start|>", "no token"])
-    assert "".join(map(detokenizer.add, tokens(text))) == "<|im_start|>ab"
+    assert detokenizer.add(tokens(text)) == "<|im_start|>ab"
 
 
 def test_unusable_files_are_refused() -> None:

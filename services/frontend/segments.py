@@ -1,0 +1,109 @@
+"""Encoding text by segments: what lies between special tokens is encoded once and remembered.
+
+Templates repeat themselves (system prompts, roles), and a conversation comes back with every turn.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+from tokenizers import Tokenizer
+
+MAX_BYTES = 64 << 20
+"""Of all that is remembered of one tokenizer, about: texts and their tokens."""
+
+_ENTRY_BYTES = 200
+"""Of a segment, besides its text and tokens."""
+
+
+class SegmentEncoder:
+    """Gives the tokens that the tokenizer itself would give, without those that a model wants
+    around a text. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, *, max_bytes: int = MAX_BYTES) -> None:
+        self._tokenizer = tokenizer
+        self._max_bytes = max_bytes
+        self._borders = borders_of(tokenizer)
+        self._at_border = re.compile(
+            # The longest first, as tokenizers prefer them.
+            f"({'|'.join(map(re.escape, sorted(self._borders, key=len, reverse=True)))})"
+        )
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self.remembered_bytes = 0
+        self._lock = threading.Lock()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        if not self._borders:
+            return self._encode_all([text])[0]
+        # Segments at even places, borders at odd ones.
+        parts = self._at_border.split(text)
+        found = self._find(parts[::2])
+        token_ids: list[int] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                token_ids.append(self._borders[part])
+            elif part:
+                token_ids.extend(found[part])
+        return token_ids
+
+    def _find(self, segments: list[str]) -> dict[str, array[int]]:
+        found = dict(self._recalled(segments))
+        if unknown := [segment for segment in dict.fromkeys(segments) if segment not in found]:
+            encoded = [array("I", token_ids) for token_ids in self._encode_all(unknown)]
+            found.update(zip(unknown, encoded, strict=True))
+            self._remember(unknown, encoded)
+        return found
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
+        # nobody.
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _recalled(self, segments: list[str]) -> Iterator[tuple[str, array[int]]]:
+        with self._lock:
+            for segment in segments:
+                token_ids = self._known.get(segment)
+                if token_ids is not None:
+                    self._known.move_to_end(segment)
+                    yield segment, token_ids
+
+    def _remember(self, segments: list[str], encoded: list[array[int]]) -> None:
+        with self._lock:
+            for segment, token_ids in zip(segments, encoded, strict=True):
+                size_bytes = _bytes_of(segment, token_ids)
+                if size_bytes <= self._max_bytes and segment not in self._known:
+                    self._known[segment] = token_ids
+                    self.remembered_bytes += size_bytes
+            while self.remembered_bytes > self._max_bytes:
+                self.remembered_bytes -= _bytes_of(*self._known.popitem(last=False))
+
+
+def borders_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens at which a text can be cut, so that its parts encode to what the whole does; none for
+    a tokenizer with which that is not certain.
+
+    A tokenizer cuts a text at its added tokens before anything else, and does the rest within the
+    parts. It does look beyond them for tokens that take in the space around them or are words of
+    their own, and to tell what a text begins with.
+    """
+    settings: dict[str, Any] = orjson.loads(tokenizer.to_str())
+    added = [token for token in settings["added_tokens"] if not token["normalized"]]
+    looks_around = any(
+        token[flag] for token in added for flag in ("lstrip", "rstrip", "single_word")
+    )
+    if looks_around or '"prepend_scheme":"first"' in tokenizer.to_str():
+        return {}
+    return {token["content"]: token["id"] for token in added}
+
+
+def _bytes_of(segment: str, token_ids: array[int]) -> int:
+    return sys.getsizeof(segment) + sys.getsizeof(token_ids) + _ENTRY_BYTES
