@@ -128,11 +128,20 @@ class LocalCluster:
     def restart(self, name: str, timeout_seconds: float) -> RunningProcess:
         """Starts the process anew, dead or alive, as it was first started. Returns when ready."""
         with self._exclusive():
-            old = self.process(name)
-            self._stop_together([old], STOP_GRACE_SECONDS)
-            new = self._spawn(old.spec)
+            [new] = self._replace([self.process(name).spec])
         self._wait_ready([new], timeout_seconds, lambda ready: None)
         return new
+
+    def replace(self, specs: Sequence[ProcessSpec], timeout_seconds: float) -> None:
+        """Stops the processes of these names together, dead or alive, and starts these in their
+        place. Returns when all are ready."""
+        with self._exclusive():
+            new = self._replace(specs)
+        self._wait_ready(new, timeout_seconds, lambda ready: None)
+
+    def _replace(self, specs: Sequence[ProcessSpec]) -> list[RunningProcess]:
+        self._stop_together([self.process(spec.name) for spec in specs], STOP_GRACE_SECONDS)
+        return [self._spawn(spec) for spec in specs]
 
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """Stops everything, last stage first, and forgets it. Fine to repeat.
