@@ -90,7 +90,7 @@ class Client:
                     assert "error" not in event, event
                     text += "".join(choice["text"] for choice in event["choices"])
                     usage = event["usage"] or usage
-        right = self._tokenizer.decode(answer_to(prompt, tokens))
+        right = self._text_of(answer_to(prompt, tokens))
         assert usage is not None, f"the answer ended after {len(text)} of {len(right)} characters"
         assert (text, usage["completion_tokens"]) == (right, tokens)
         return Served(
@@ -98,6 +98,12 @@ class Client:
             response.headers["x-switchgear-decode-worker"],
             usage["prompt_tokens_details"]["cached_tokens"],
         )
+
+    def _text_of(self, answer: Sequence[int]) -> str:
+        """Half a character at the very end has no text."""
+        while (text := self._tokenizer.decode(answer)).endswith("\N{REPLACEMENT CHARACTER}"):
+            answer = answer[:-1]
+        return str(text)
 
     async def leave_at_the_first_token(self, prompt: Sequence[int]) -> None:
         """Of an answer that would take a minute."""

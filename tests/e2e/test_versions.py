@@ -185,7 +185,17 @@ async def test_a_service_is_updated_after_the_others_while_requests_run(
 
 async def rolled(deployment: MixedDeployment, client: Client, component: Component) -> None:
     """Replaces a service's processes by those of the other version, with requests on their way."""
+    before = migrations(deployment)
     async with under_load(client) as load:
         await deployment.roll(component)
-    print(load)
-    assert load.answers > 0
+        if component == "decode_worker":
+            assert migrations(deployment) > before
+    assert load.answers
+    assert load.prefilled_elsewhere
+    assert load.from_cache
+
+
+def migrations(deployment: MixedDeployment) -> float:
+    """How many requests were given to another worker, as the frontends count."""
+    name = "switchgear_frontend_migrations_total"
+    return sum(deployment.metric(frontend, name) for frontend in deployment.names("frontend"))
