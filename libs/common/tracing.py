@@ -167,6 +167,16 @@ def begin(
     return Span(_sink, name, Kind.SERVER, trace_id, 0, began_at_ns, is_parent_remote=False)
 
 
+def begin_own(name: str) -> Span | None:
+    """A new trace, of what a service does without being asked to. For what is rare: each is
+    sampled."""
+    if _sink is None:
+        return None
+    return Span(
+        _sink, name, Kind.INTERNAL, new_trace_id(), 0, time.time_ns(), is_parent_remote=False
+    )
+
+
 def _parse(traceparent: str) -> tuple[int, int, bool] | None:
     """Trace id, parent id, and whether it is sampled; None for what is no traceparent."""
     match = _TRACEPARENT.fullmatch(traceparent)

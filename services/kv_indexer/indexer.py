@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from libs.common import logs
+from libs.common import logs, tracing
 from libs.common.errors import KvBatchesGone, SwitchgearError
 from libs.common.kv_events import InstanceId, KvBatch, KvSnapshot
+from libs.common.tracing import Kind, Span
 from services.kv_indexer import metrics
 from services.kv_indexer.core.follower import (
     FOLLOWER_DEGRADED_REASONS,
@@ -219,16 +220,27 @@ class Indexer:
             if reason is None or not self._is_current(followed):
                 followed.is_queued = False
                 continue
-            if not await self._recover_by_batches(followed, reason):
-                await self._recover_by_snapshot(followed, reason)
+            trace = tracing.begin_own("recover")
+            if not await self._recover_by_batches(followed, reason, trace):
+                await self._recover_by_snapshot(followed, reason, trace)
+            if trace is not None:
+                trace.end(
+                    {
+                        "switchgear.instance_id": f"{followed.worker.instance:016x}",
+                        "switchgear.reason": reason.value,
+                        "switchgear.is_in_step": followed.follower.wanted is None,
+                    }
+                )
             self._ask_again_later(followed)
 
-    async def _recover_by_batches(self, followed: _Followed, reason: RecoveryReason) -> bool:
+    async def _recover_by_batches(
+        self, followed: _Followed, reason: RecoveryReason, trace: Span | None
+    ) -> bool:
         """Asks for what is missing. False when that did not bring the index forward."""
         missing, applied = followed.follower.missing, followed.follower.applied
         if missing is None:
             return False
-        with _counted("batches", reason, followed.worker):
+        with _counted("batches", reason, followed.worker, trace):
             for batch in await self.fetch_batches(followed.worker, missing):
                 if self._is_current(followed):
                     followed.follower.take_batch(batch)
@@ -237,8 +249,10 @@ class Indexer:
                 await asyncio.sleep(0)
         return followed.follower.applied > applied or followed.follower.wanted is None
 
-    async def _recover_by_snapshot(self, followed: _Followed, reason: RecoveryReason) -> None:
-        with _counted("snapshot", reason, followed.worker):
+    async def _recover_by_snapshot(
+        self, followed: _Followed, reason: RecoveryReason, trace: Span | None
+    ) -> None:
+        with _counted("snapshot", reason, followed.worker, trace):
             snapshot = await self.fetch_snapshot(followed.worker)
             if self._is_current(followed):
                 followed.follower.take_snapshot(snapshot)
@@ -289,19 +303,25 @@ class Indexer:
 
 
 @contextmanager
-def _counted(kind: str, reason: RecoveryReason, worker: Worker) -> Iterator[None]:
-    """Counts and times what is asked of a worker in the body. Its failure is logged and ends here:
-    the worker is asked again."""
+def _counted(
+    kind: str, reason: RecoveryReason, worker: Worker, trace: Span | None
+) -> Iterator[None]:
+    """Counts, times and traces what is asked of a worker in the body. Its failure is logged and
+    ends here: the worker is asked again."""
     started_at = time.monotonic()
+    span = None if trace is None else trace.child(f"take {kind}", Kind.CLIENT)
+    failure = ""
     try:
         yield
     except KvBatchesGone as error:
-        outcome = "gone"
+        outcome, failure = "gone", error.reason
         log.info("missed batches are gone", instance=f"{worker.instance:016x}", error=str(error))
     except SwitchgearError as error:
-        outcome = "failed"
+        outcome, failure = "failed", error.reason
         log.warning("no recovery", kind=kind, instance=f"{worker.instance:016x}", error=str(error))
     else:
         outcome = "taken"
         metrics.recovery_seconds.labels(kind).observe(time.monotonic() - started_at)
     metrics.recoveries.labels(kind, reason.value, outcome).inc()
+    if span is not None:
+        span.end(error=failure)

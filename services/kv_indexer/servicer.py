@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from libs.common import tracing
 from services.kv_indexer import metrics
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.verification import Verifier
@@ -29,10 +30,22 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
         """Looks all prompts up in one go, on the event loop: some microseconds each."""
         response = kv_indexer_pb2.FindOverlapResponse()
         overlap = self._indexer.index.overlap
+        degraded_reasons = self._indexer.degraded_reasons()
         for query in request.queries:
+            span = tracing.follow(query.traceparent, "find overlap")
             depths = overlap(query.model, query.block_size_tokens, query.sequence_hashes)
             response.overlaps.add(instance_ids=depths.keys(), blocks=depths.values())
-        for reason, instances in self._indexer.degraded_reasons().items():
+            if span is not None:
+                span.end(
+                    {
+                        "gen_ai.request.model": query.model,
+                        "switchgear.sequence_hashes": len(query.sequence_hashes),
+                        "switchgear.instances_with_overlap": len(depths),
+                        "switchgear.queries": len(request.queries),
+                        "switchgear.degraded_reasons": tuple(degraded_reasons),
+                    }
+                )
+        for reason, instances in degraded_reasons.items():
             response.degraded_reasons.add(reason=reason, instance_ids=instances)
         metrics.queries.inc(len(request.queries))
         return response

@@ -50,11 +50,14 @@ class Decider:
         self._known = KnownOverlap()
         self._sessions = Sessions(ttl_seconds=settings.start.session_ttl_seconds)
 
-    async def find_overlaps(self, routings: Sequence[router_pb2.RoutingRequest]) -> list[Found]:
-        """What KV events tell of each prompt, in order."""
+    async def find_overlaps(
+        self, routings: Sequence[router_pb2.RoutingRequest], traceparents: Sequence[str]
+    ) -> list[Found]:
+        """What KV events tell of each prompt, in order. `traceparents`: of the asking, for each;
+        empty for those that are not traced."""
         fleet = self.fleet
         can_tell = [bool(r.sequence_hashes) and fleet.has_events(r.model) for r in routings]
-        queries = map(query_of, compress(routings, can_tell))
+        queries = map(query_of, compress(routings, can_tell), compress(traceparents, can_tell))
         answers = iter(await self._overlaps.find(list(queries)))
         found = []
         for can_be_told in can_tell:

@@ -134,12 +134,13 @@ class OverlapClient:
         return stub
 
 
-def query_of(routing: router_pb2.RoutingRequest) -> kv_indexer_pb2.OverlapQuery:
-    """What to ask about a request."""
+def query_of(routing: router_pb2.RoutingRequest, traceparent: str) -> kv_indexer_pb2.OverlapQuery:
+    """What to ask about a request; the traceparent is that of the asking, empty without a trace."""
     return kv_indexer_pb2.OverlapQuery(
         model=routing.model,
         block_size_tokens=routing.block_size_tokens,
         sequence_hashes=routing.sequence_hashes,
+        traceparent=traceparent,
     )
 
 

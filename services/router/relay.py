@@ -219,7 +219,10 @@ class Relay:
 
     async def _route(self, requests: Sequence[_Request]) -> None:
         try:
-            found = await self._decider.find_overlaps([request.routing for request in requests])
+            found = await self._decider.find_overlaps(
+                [request.routing for request in requests],
+                ["" if r.trace is None else r.trace.overlaps_asked() for r in requests],
+            )
             for request, request_found in zip(requests, found, strict=True):
                 request.found = request_found
                 if request.trace is not None:

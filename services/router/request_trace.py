@@ -18,29 +18,31 @@ _LEGS = {
 
 
 class RequestTrace:
-    """One request's. A leg is over before the next one begins."""
+    """One request's. What others do for it, the indexers' answer and each leg, is over before the
+    next thing begins."""
 
-    __slots__ = ("_leg", "_leg_facts", "_routing", "_since_ns", "_span")
+    __slots__ = ("_call", "_call_facts", "_routing", "_since_ns", "_span")
 
     def __init__(self, span: Span, routing: router_pb2.RoutingRequest) -> None:
         self._span = span
         self._routing = routing
         self._since_ns = span.began_at_ns
         """When the last thing was over: what comes now has taken the time since."""
-        self._leg: Span | None = None
-        self._leg_facts: dict[str, Value] = {}
+        self._call: Span | None = None
+        """What others are doing just now."""
+        self._call_facts: dict[str, Value] = {}
+
+    def overlaps_asked(self) -> str:
+        """Gives the traceparent for the KV indexer."""
+        self._call = self._span.child("find overlaps", Kind.CLIENT, began_at_ns=self._since_ns)
+        self._call_facts = {"switchgear.sequence_hashes": len(self._routing.sequence_hashes)}
+        return self._call.traceparent
 
     def overlaps_found(self, instances: int, *, are_known: bool) -> None:
         """The KV indexer has answered, for all requests that came together, or it has not."""
-        self._step(
-            "find overlaps",
-            Kind.CLIENT,
-            {
-                "switchgear.sequence_hashes": len(self._routing.sequence_hashes),
-                "switchgear.instances_with_overlap": instances,
-                "switchgear.are_overlaps_known": are_known,
-            },
-        )
+        self._call_facts["switchgear.instances_with_overlap"] = instances
+        self._call_facts["switchgear.are_overlaps_known"] = are_known
+        self._call_ended()
 
     def decided(self, record: Record | None) -> None:
         """A decision was made, on nobody if None."""
@@ -54,30 +56,30 @@ class RequestTrace:
                 facts["switchgear.prefill_worker"] = decision.prefill.worker.name
             facts["switchgear.candidates"] = record.candidates
             facts["switchgear.predicted_cached_tokens"] = record.predicted_cached_tokens(computing)
-        self._step("decide", Kind.INTERNAL, facts)
-
-    def _step(self, name: str, kind: Kind, facts: dict[str, Value]) -> None:
         now_ns = time.time_ns()
-        self._span.child(name, kind, began_at_ns=self._since_ns).end(facts, ended_at_ns=now_ns)
+        self._span.child("decide", began_at_ns=self._since_ns).end(facts, ended_at_ns=now_ns)
         self._since_ns = now_ns
 
     def leg_begins(self, leg: worker_pb2.Leg.ValueType, worker: str) -> str:
         """Gives the traceparent for the worker."""
-        self._leg = self._span.child(_LEGS[leg], Kind.CLIENT)
-        self._leg_facts = {"switchgear.worker": worker}
-        return self._leg.traceparent
+        self._call = self._span.child(_LEGS[leg], Kind.CLIENT)
+        self._call_facts = {"switchgear.worker": worker}
+        return self._call.traceparent
 
     def leg_ended(self, error: str = "") -> None:
         """If there is one."""
+        self._call_ended(error)
+
+    def _call_ended(self, error: str = "") -> None:
         self._since_ns = time.time_ns()
-        if self._leg is not None:
-            self._leg.end(self._leg_facts, error=error, ended_at_ns=self._since_ns)
-            self._leg = None
+        if self._call is not None:
+            self._call.end(self._call_facts, error=error, ended_at_ns=self._since_ns)
+            self._call = None
 
     def end(self, error: str = "", *, is_cancelled: bool = False) -> None:
-        """The request is over, and with it the leg that it is at. Being cancelled is no error: the
+        """The request is over, and with it what others do for it. Being cancelled is no error: the
         frontend does so when it finds a stop string, too."""
-        self.leg_ended(error)
+        self._call_ended(error)
         self._span.end(
             {
                 "gen_ai.request.model": self._routing.model,

@@ -171,7 +171,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """The decision as it would be now, with everyone's terms."""
         routing = request.routing
         wishes = self._decider.wishes(routing)
-        [found] = await self._decider.find_overlaps([routing])
+        [found] = await self._decider.find_overlaps([routing], [""])
         record = self._decider.decide(
             routing, found, wishes, excluded=map(InstanceId, routing.excluded_instance_ids)
         )

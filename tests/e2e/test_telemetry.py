@@ -25,6 +25,7 @@ FOLLOWED = {
     ("frontend", "attempt", "CLIENT"),
     ("router", "route", "SERVER"),
     ("router", "find overlaps", "CLIENT"),
+    ("kv_indexer", "find overlap", "SERVER"),
     ("router", "decide", "INTERNAL"),
     ("router", "prefill leg", "CLIENT"),
     ("prefill_worker", "prefill", "SERVER"),
@@ -42,6 +43,7 @@ PARENTS = {
     "attempt": "chat test-model",
     "route": "attempt",
     "find overlaps": "route",
+    "find overlap": "find overlaps",
     "decide": "route",
     "prefill leg": "route",
     "decode leg": "route",
@@ -69,7 +71,8 @@ def deployment(
         model=tokenizer_folder,
         flags={
             "frontend": (*endpoint, "--trace-sample-ratio", "1"),
-            "router": endpoint,
+            "router": (*endpoint, "--overlap-timeout-seconds", "10"),
+            "kv_indexer": endpoint,
             "prefill_worker": endpoint,
             "decode_worker": (*endpoint, "--sim-timing", "fixed", "--sim-step-ms", "10"),
         },
@@ -139,6 +142,27 @@ async def test_a_disaggregated_request_is_one_trace_rightly_nested_and_in_order(
     assert 0 < root.attributes["gen_ai.response.time_to_first_chunk"] < took_seconds
     assert by_name["decode"].attributes["switchgear.transferred_tokens"] > 0
     assert by_name["decide"].attributes["switchgear.handover"] == "remote"
+    assert by_name["find overlap"].attributes["switchgear.sequence_hashes"] > 30
+
+
+async def test_what_an_indexer_asks_workers_for_is_a_trace_of_its_own(
+    deployment: Running, collector: Collector
+) -> None:
+    deployment.cluster.restart("kv_indexer-0", 60)
+
+    def recoveries() -> list[ReceivedSpan]:
+        return [span for span in collector.spans if span.name == "recover"]
+
+    # It was started again, so it asks all workers for what they hold.
+    await until(
+        lambda: len({span.attributes["switchgear.instance_id"] for span in recoveries()}) == 3
+    )
+    for recovery in recoveries():
+        assert (recovery.service, recovery.kind, recovery.parent_id) == (
+            "kv_indexer",
+            "INTERNAL",
+            "",
+        )
 
 
 async def test_a_trace_begun_here_has_the_number_of_its_request(
