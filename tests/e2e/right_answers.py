@@ -80,12 +80,17 @@ class Client:
         self._model = model
         self._tokenizer = tokenizer
 
-    async def ask(self, prompt: Sequence[int], tokens: int) -> Served:
-        """Raises AssertionError for a call that fails and for a wrong answer."""
+    async def ask(
+        self, prompt: Sequence[int], tokens: int, begun: asyncio.Event | None = None
+    ) -> Served:
+        """Sets `begun` at the first token. Raises AssertionError for a call that fails and for a
+        wrong answer."""
         text, usage = "", None
         async with self._streaming(prompt, tokens) as response:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
+                    if begun is not None:
+                        begun.set()
                     event = json.loads(line.removeprefix("data: "))
                     assert "error" not in event, event
                     text += "".join(choice["text"] for choice in event["choices"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -26,7 +27,12 @@ from tests.e2e.versions import SERVICES, MixedDeployment, Version, mixed
 from tests.fixtures.eventually import eventually
 
 STEP_MS = "10"
+LONG_ANSWER_TOKENS = 400
+"""At least four seconds: a worker that is told to stop meanwhile does not finish it."""
 RIGHT_SECONDS = 20.0
+
+# Processes are started four or more times in each, on machines of any speed.
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +102,14 @@ async def serves_together(deployment: MixedDeployment, client: Client) -> None:
     """Everything that services need of one another works."""
     moved = "switchgear_worker_kv_transfer_blocks_total"
     workers = deployment.names("decode_worker")
-    index = Index(deployment)
-
     before = sum(deployment.metric(name, moved) for name in workers)
     prompt = new_prompt(LONG_TOKENS)
     served = await client.ask(prompt, 5)
     assert served.prefill_worker is not None
     assert sum(deployment.metric(name, moved) for name in workers) > before
 
-    # Of what a worker was given by others the routers know from KV events alone.
     for worker in workers:
-        prompt = new_prompt(LONG_TOKENS)
-        await compute(deployment, worker, prompt)
-        await index.right()
+        prompt = await prompt_held_by(deployment, worker)
         served = await client.ask([*prompt, *new_prompt(20)], 5)
         assert served == Served(None, worker, LONG_TOKENS)
 
@@ -116,8 +117,10 @@ async def serves_together(deployment: MixedDeployment, client: Client) -> None:
     await eventually(lambda: is_idle(deployment))
 
 
-async def compute(deployment: MixedDeployment, worker: str, prompt: Sequence[int]) -> None:
-    """Has a decode worker compute a prompt that no router hears of."""
+async def prompt_held_by(deployment: MixedDeployment, worker: str) -> list[int]:
+    """A prompt that a decode worker has computed. No router sent it, so KV events alone tell of
+    it, and have done so."""
+    prompt = new_prompt(LONG_TOKENS)
     async with deployment.channel(worker) as channel:
         stub: decode_worker_pb2_grpc.DecodeWorkerServiceAsyncStub = (
             decode_worker_pb2_grpc.DecodeWorkerServiceStub(channel)
@@ -130,6 +133,8 @@ async def compute(deployment: MixedDeployment, worker: str, prompt: Sequence[int
         )
         request = decode_worker_pb2.GenerateRequest(generation=generation)
         assert [response async for response in stub.Generate(request, timeout=30)]
+    await Index(deployment).right()
+    return prompt
 
 
 async def is_idle(deployment: MixedDeployment) -> bool:
@@ -185,14 +190,33 @@ async def test_a_service_is_updated_after_the_others_while_requests_run(
 
 async def rolled(deployment: MixedDeployment, client: Client, component: Component) -> None:
     """Replaces a service's processes by those of the other version, with requests on their way."""
-    before = migrations(deployment)
+    first, second = deployment.names(component)
     async with under_load(client) as load:
-        await deployment.roll(component)
+        await deployment.roll(first)
+    async with AsyncExitStack() as stack:
         if component == "decode_worker":
-            assert migrations(deployment) > before
+            await stack.enter_async_context(an_answer_moves(deployment, client, second))
+        await stack.enter_async_context(under_load(client))
+        await deployment.roll(second)
     assert load.answers
     assert load.prefilled_elsewhere
     assert load.from_cache
+
+
+@asynccontextmanager
+async def an_answer_moves(
+    deployment: MixedDeployment, client: Client, worker: str
+) -> AsyncIterator[None]:
+    """The worker has begun an answer when the body runs, and another one finishes it."""
+    prompt = [*await prompt_held_by(deployment, worker), *new_prompt(5)]
+    before = migrations(deployment)
+    begun = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        answer = tasks.create_task(client.ask(prompt, LONG_ANSWER_TOKENS, begun))
+        await begun.wait()
+        yield
+    assert answer.result().decode_worker == worker
+    assert migrations(deployment) > before
 
 
 def migrations(deployment: MixedDeployment) -> float:

@@ -30,7 +30,7 @@ SERVICES: tuple[Component, ...] = (
     "frontend",
 )
 CACHE = REPOSITORY / "build" / "versions"
-READY_SECONDS = 60.0
+READY_SECONDS = 120.0
 
 _PORT = re.compile(r"\b[123]\d{4}\b")
 
@@ -85,14 +85,12 @@ class MixedDeployment(Running):
         """Makes everything be of this version."""
         await self._replace({name for name in self._versions if self._versions[name] != version})
 
-    async def roll(self, component: Component) -> None:
-        """Has the processes of a component drain and stop, one after another, and starts each again
-        as the other version before the next one is stopped."""
-        for name in self.names(component):
-            async with AsyncExitStack() as stack:
-                if component == "frontend":
-                    await stack.enter_async_context(self.frontends.without(name))
-                await self._replace({name})
+    async def roll(self, name: str) -> None:
+        """Has a process drain and stop, and starts it again as the other version."""
+        async with AsyncExitStack() as stack:
+            if name in self.names("frontend"):
+                await stack.enter_async_context(self.frontends.without(name))
+            await self._replace({name})
 
     async def _replace(self, names: Collection[str]) -> None:
         for name in names:
