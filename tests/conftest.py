@@ -5,9 +5,15 @@ from pathlib import Path
 
 from hypothesis import settings
 
-from tests.fixtures.servers import etcd_server, nats_server, start_etcd, start_nats
+from tests.fixtures.servers import (
+    etcd_server,
+    jetstream_server,
+    nats_server,
+    start_etcd,
+    start_nats,
+)
 
-__all__ = ["etcd_server", "nats_server", "start_etcd", "start_nats"]
+__all__ = ["etcd_server", "jetstream_server", "nats_server", "start_etcd", "start_nats"]
 
 # For processes that tests start.
 _ROOT = Path(__file__).parents[1]

@@ -75,8 +75,8 @@ class ServiceSettings(BaseSettings):
         return host
 
 
-class KvEventSettings(ServiceSettings):
-    """What services that send or follow KV events can be told besides."""
+class NatsSettings(ServiceSettings):
+    """What services that use NATS can be told besides."""
 
     nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://.+$")
     """NATS, as nats://host:port."""

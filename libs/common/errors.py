@@ -146,6 +146,17 @@ class TransferFailed(SwitchgearError):
     is_retryable = True
 
 
+class ResponsesUnavailable(SwitchgearError):
+    """Where responses are kept can't be reached, or has too much to do."""
+
+    code, http, reason = (
+        StatusCode.UNAVAILABLE,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "RESPONSES_UNAVAILABLE",
+    )
+    is_retryable = True
+
+
 class DeadlineExceeded(SwitchgearError):
     """The time that the caller allowed is over."""
 
@@ -193,6 +204,7 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         NoLiveInstance,
         WorkerLost,
         TransferFailed,
+        ResponsesUnavailable,
         DeadlineExceeded,
         KvBatchesGone,
         ProtocolViolation,

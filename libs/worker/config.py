@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from libs.common.config import KvEventSettings
+from libs.common.config import NatsSettings
 
 
-class WorkerSettings(KvEventSettings):
+class WorkerSettings(NatsSettings):
     """One engine and how it is offered."""
 
     engine: Literal["vllm", "sim"] = "vllm"

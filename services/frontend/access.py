@@ -36,6 +36,8 @@ class Caller:
     """Someone without a key, where none is asked for: no limits, nothing counted."""
 
     key_id = ""
+    tenant = ""
+    """Whose responses are kept together; no key's tenant is empty."""
 
     def may_use(self, *names: str) -> bool:
         """Whether the model of these names, its own and an alias, is allowed."""
@@ -79,6 +81,7 @@ class KeyHolder(Caller):
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
         self.key_id = key.key_id
         self.key = key
+        self.tenant = key.tenant
         self._clock = clock
         self._usage = Usage(key.limits, clock())
 
@@ -86,6 +89,7 @@ class KeyHolder(Caller):
         """Another version of the same key. What has been used stays used."""
         if key != self.key:
             self.key = key
+            self.tenant = key.tenant
             self._usage.set_limits(key.limits, self._clock())
 
     def may_use(self, *names: str) -> bool:

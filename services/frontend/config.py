@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from libs.common.config import ServiceSettings
+from libs.common.config import NatsSettings
 
 
 def _default_cache_folder() -> Path:
     return Path(os.environ.get("SWITCHGEAR_CACHE") or "~/.cache/switchgear").expanduser()
 
 
-class FrontendSettings(ServiceSettings):
+class FrontendSettings(NatsSettings):
     """The frontend: OpenAI's REST API and the public gRPC API."""
 
     model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_FRONTEND_")
@@ -73,6 +74,23 @@ class FrontendSettings(ServiceSettings):
     session_window_responses: int = Field(default=64, ge=2)
     """Responses that a router may have on their way to this process. Fewer bound memory more
     tightly, more ride out longer pauses."""
+
+    response_store: Literal["none", "nats"] = "none"
+    """Where responses are kept for `previous_response_id` and `GET /v1/responses/ID`: `none` keeps
+    nothing and refuses to; `nats` keeps them in a JetStream stream that all frontends share."""
+
+    stored_responses_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """All responses that are kept; the oldest make room for new ones."""
+
+    stored_responses: int = Field(default=100_000, ge=1)
+    """How many are kept; the oldest make room for new ones."""
+
+    stored_response_seconds: float = Field(default=30 * 86400.0, ge=1)
+    """How long a response is kept. Default: 30 days, as OpenAI does."""
+
+    stored_response_bytes: int = Field(default=1_000_000, ge=1024)
+    """Largest response that is kept, its whole conversation included. NATS takes no more than its
+    own `max_payload`, by default 1 MiB with headers."""
 
     trace_sample_ratio: float = Field(default=0.01, ge=0, le=1)
     """Of the requests whose callers send no traceparent, how many are traced. Those with one are

@@ -19,6 +19,7 @@ from services.frontend.model_files import ModelFileStore
 from services.frontend.models import Models
 from services.frontend.openai.app import create_app
 from services.frontend.pipeline import Pipeline
+from services.frontend.response_store import response_store
 from services.frontend.router_session import RouterSessions
 from services.frontend.servicer import InferenceServicer
 from switchgear.discovery.v1 import discovery_pb2
@@ -42,6 +43,7 @@ async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
         discovery.watching("models/", discovery_pb2.ModelCard) as cards,
         sessions.following(instances),
         controlled_access(settings, discovery) as access,
+        response_store(settings) as store,
     ):
         models = Models(cards, instances, ModelFileStore(settings.cache_folder / "tokenizers"))
         pipeline = Pipeline(settings, models, sessions, FrontendMetrics(), access)
@@ -51,7 +53,7 @@ async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
 
         async with (
             models.following(),
-            serving_http(create_app(pipeline), settings) as http,
+            serving_http(create_app(pipeline, store), settings) as http,
         ):
 
             async def drain() -> None:

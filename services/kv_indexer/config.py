@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from libs.common.config import KvEventSettings
+from libs.common.config import NatsSettings
 
 
-class KvIndexerSettings(KvEventSettings):
+class KvIndexerSettings(NatsSettings):
     """Follows the workers' KV events and tells routers who holds which blocks."""
 
     model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_KV_INDEXER_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -38,8 +39,10 @@ from services.frontend.openai.responses import ResponsesDialect
 from services.frontend.openai.responses_body import ResponsesBody
 from services.frontend.openai.routing_headers import routing_options
 from services.frontend.openai.schema import ChatBody, CompletionBody, checked, parse
+from services.frontend.openai.stored_responses import StoredResponses
 from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from services.frontend.pipeline import Pipeline, Prompt
+from services.frontend.response_store import ResponseStore
 from services.frontend.watch import ClientLeft
 
 
@@ -78,10 +81,10 @@ class _Shortcut:
         await app(scope, receive, send)
 
 
-def create_app(pipeline: Pipeline) -> ASGIApp:
-    """The application, to be served by any ASGI server."""
+def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIApp:
+    """The application, to be served by any ASGI server. Without a store no responses are kept."""
     app = FastAPI(title=TITLE, redoc_url=None, redirect_slashes=False)
-    app.openapi = openapi_page  # type: ignore[method-assign]
+    app.openapi = partial(openapi_page, keeps_responses=store is not None)  # type: ignore[method-assign]
     bodies = BodyReader(pipeline.settings)
 
     def generation(
@@ -89,6 +92,7 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
         body: ChatBody | CompletionBody,
         prompts: Sequence[Prompt],
         dialect: Dialect,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> Response:
         exchange = exchange_of(request.scope)
         return GenerationResponse(
@@ -98,6 +102,7 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
             dialect,
             traceparent=exchange.headers.get(b"traceparent", b"").decode("latin-1"),
             routing=routing_options(exchange.headers),
+            before_end=before_end,
         )
 
     async def chat_completions(request: Request) -> Response:
@@ -119,6 +124,16 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
         chat = body.chat()
         return generation(request, chat, [chat.chat()], ResponsesDialect(body))
 
+    if store is not None:
+        kept = StoredResponses(store)
+        _serve_stored(app, kept)
+
+        async def kept_responses(request: Request) -> Response:
+            fields = await bodies.json_of(request)
+            response = await kept.begin(fields, _caller(request).tenant)
+            chat = response.body.chat()
+            return generation(request, chat, [chat.chat()], response.dialect, response.keep)
+
     async def messages(request: Request) -> Response:
         fields = await bodies.json_of(request)
         body = checked(
@@ -131,7 +146,7 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
     generating = {
         "/v1/chat/completions": _Endpoint(chat_completions),
         "/v1/completions": _Endpoint(completions),
-        "/v1/responses": _Endpoint(responses),
+        "/v1/responses": _Endpoint(responses if store is None else kept_responses),
         "/v1/messages": _Endpoint(messages),
     }
     # For what is not a POST.
@@ -211,6 +226,29 @@ def create_app(pipeline: Pipeline) -> ASGIApp:
     served = _Shortcut(app, generating)
     gated = served if pipeline.access.is_open else AccessGate(served, pipeline.access)
     return ExchangeRecorder(gated, pipeline.metrics)
+
+
+def _serve_stored(app: FastAPI, kept: StoredResponses) -> None:
+    """What can be done with responses that are kept."""
+    path = "/v1/responses/{response_id}"
+
+    @app.get(path)
+    async def retrieve(response_id: str, request: Request) -> Response:
+        query = request.query_params.multi_items()
+        return _json(await kept.retrieve(_caller(request).tenant, response_id, query))
+
+    @app.delete(path)
+    async def delete(response_id: str, request: Request) -> Response:
+        return _json(await kept.delete(_caller(request).tenant, response_id))
+
+    @app.get(path + "/input_items")
+    async def input_items(response_id: str, request: Request) -> Response:
+        query = request.query_params.multi_items()
+        return _json(await kept.input_items(_caller(request).tenant, response_id, query))
+
+    @app.post(path + "/cancel")
+    async def cancel(response_id: str, request: Request) -> Response:
+        return _json(await kept.cancel(_caller(request).tenant, response_id))
 
 
 def _check_number(param: str, number: int, limit: int) -> None:

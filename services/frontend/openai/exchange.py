@@ -107,6 +107,7 @@ def _request_id(headers: Mapping[bytes, bytes]) -> str:
 
 
 def _endpoint(path: str) -> str:
-    if path.startswith("/v1/models/"):
-        return "models"
+    for named in ("/v1/models", "/v1/responses"):
+        if path.startswith(f"{named}/"):
+            return _ENDPOINTS[named]
     return _ENDPOINTS.get(path, "other")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -49,7 +49,9 @@ class GenerationResponse(Response):
         *,
         traceparent: str,
         routing: routing_pb2.RoutingOptions | None,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`before_end` runs once the answer is complete, before its end is written."""
         self.background = None
         self._pipeline = pipeline
         self._body = body
@@ -58,6 +60,7 @@ class GenerationResponse(Response):
         self._answer_id = new_request_id(dialect.id_prefix)
         self._traceparent = traceparent
         self._routing = routing
+        self._before_end = before_end
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,8 +150,12 @@ class GenerationResponse(Response):
                     )
             if body.stream:
                 last = await self._stream(choices, scope, send)
+                if self._before_end is not None:
+                    await self._before_end()
                 return last + self._dialect.end_chunks(answer)
             wholes = await _read_all(choices)
+            if self._before_end is not None:
+                await self._before_end()
             whole = self._dialect.whole_answer(answer, wholes)
             headers = [
                 (b"content-type", b"application/json"),

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from services.frontend.anthropic import body as messages_body
 from services.frontend.anthropic.body import MessagesBody, PromptBody
 from services.frontend.openai import responses_body
-from services.frontend.openai.responses_body import ResponsesBody
+from services.frontend.openai.responses_body import ResponsesBody, StoredResponsesBody
 from services.frontend.openai.schema import (
     IGNORED,
     NEUTRAL,
@@ -23,6 +23,7 @@ from services.frontend.openai.schema import (
     CompletionBody,
     unoffered_fields,
 )
+from services.frontend.openai.stored_responses import DEFAULT_PAGE_ITEMS, MAX_PAGE_ITEMS
 from services.frontend.openai.tokens import DetokenizeBody, TokenizeBody
 
 TITLE = "Switchgear"
@@ -48,6 +49,7 @@ _FURTHER_FORMS: dict[str, dict[str, list[_Schema]]] = {
     "ChatBody": {"stop": [_TEXT]},
     "CompletionBody": {"stop": [_TEXT], "prompt": [_TEXT, _TOKEN_IDS]},
     "ResponsesBody": {"input": [_TEXT]},
+    "StoredResponsesBody": {"input": [_TEXT]},
     "_MessageItem": {"content": [_parts_of("input_text", "output_text")]},
     "_CallOutputItem": {"output": [_parts_of("input_text")]},
     "_ReasoningItem": {
@@ -64,13 +66,13 @@ _ERRORS = {
     400: "A field is missing, unknown, malformed or out of range; or the context is too small.",
     401: "An API key is asked for, and none or an unknown one was sent.",
     403: "The API key is not for this model.",
-    404: "Nobody serves a model of this name.",
+    404: "Nobody serves a model of this name, or nothing is kept under this id.",
     408: "The body came too slowly.",
     413: "The body is too large.",
     415: "The body is not of type application/json.",
     429: "Too busy, or a limit of the API key is reached. Come back after Retry-After.",
     500: "A bug. Its text is in the server's log.",
-    503: "The model is known, but can't be served now. Come back after Retry-After.",
+    503: "The model, or what is kept, is not to be had just now. Come back after Retry-After.",
     504: "The request took longer than it may.",
 }
 _POST_ERRORS = tuple(_ERRORS)
@@ -158,6 +160,14 @@ def _answers() -> dict[str, _Schema]:
             error=_object(type=_TEXT, message=_TEXT),
             request_id=_nullable(_TEXT),
         ),
+        "DeletedResponse": _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
+        "ResponseItems": _object(
+            object={"const": "list"},
+            data=_list_of(_object(id=_TEXT, type=_TEXT)),
+            first_id=_TEXT,
+            last_id=_TEXT,
+            has_more={"type": "boolean"},
+        ),
         "InputTokens": _object(input_tokens=_COUNT),
         "Model": _object(
             id=_TEXT,
@@ -185,12 +195,12 @@ def _answers() -> dict[str, _Schema]:
     }
 
 
-def _requests() -> dict[str, _Schema]:
+def _requests(responses_class: type[ResponsesBody]) -> dict[str, _Schema]:
     schemas: dict[str, _Schema] = {}
     bodies: tuple[type[BaseModel], ...] = (
         ChatBody,
         CompletionBody,
-        ResponsesBody,
+        responses_class,
         MessagesBody,
         PromptBody,
         TokenizeBody,
@@ -222,6 +232,8 @@ def _requests() -> dict[str, _Schema]:
 
 
 def _unoffered_in(body: type[BaseModel]) -> dict[str, _Schema]:
+    if issubclass(body, StoredResponsesBody):
+        return unoffered_fields(responses_body.NEUTRAL_WITH_STORE, responses_body.IGNORED)
     if issubclass(body, ResponsesBody):
         return unoffered_fields(responses_body.NEUTRAL, responses_body.IGNORED)
     if issubclass(body, PromptBody):
@@ -278,21 +290,62 @@ def _streamed_by_name(whole: str, *events: str) -> _Schema:
     return _json_content(_ref(whole)) | {"text/event-stream": {"schema": event}}
 
 
+def _path_parameter(name: str, description: str) -> _Schema:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": description,
+        "schema": _TEXT,
+    }
+
+
+def _query_parameter(name: str, schema: _Schema) -> _Schema:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+_STORED_ERRORS = (400, 401, 404, 429, 500, 503)
+
+
+def _stored_paths() -> dict[str, _Schema]:
+    """Where responses are kept."""
+    response_id = [_path_parameter("response_id", "The id that the response was answered with.")]
+    include = _query_parameter(
+        "include",
+        _list_of({"enum": ["message.output_text.logprobs", "reasoning.encrypted_content"]}),
+    )
+    one = _get("A response that is kept", "Response", errors=_STORED_ERRORS)
+    one["get"]["parameters"] = [include]
+    one["delete"] = _get("Delete a response", "DeletedResponse", errors=_STORED_ERRORS)["get"]
+    items = _get("What a response was given", "ResponseItems", errors=_STORED_ERRORS)
+    items["get"]["parameters"] = [
+        _query_parameter(
+            "limit",
+            {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_PAGE_ITEMS,
+                "default": DEFAULT_PAGE_ITEMS,
+            },
+        ),
+        _query_parameter("order", {"enum": ["asc", "desc"], "default": "desc"}),
+        _query_parameter("after", _TEXT),
+        include,
+    ]
+    return {
+        "/v1/responses/{response_id}": one | {"parameters": response_id},
+        "/v1/responses/{response_id}/input_items": items | {"parameters": response_id},
+    }
+
+
 @cache
-def openapi_page() -> dict[str, Any]:
+def openapi_page(*, keeps_responses: bool = False) -> dict[str, Any]:
     """The whole page, in OpenAPI 3.1."""
+    responses_class = StoredResponsesBody if keeps_responses else ResponsesBody
     model = _get(
         "Describe a model, and why it can't be served now", "Model", errors=(401, 403, 404)
     )
-    model["get"]["parameters"] = [
-        {
-            "name": "model",
-            "in": "path",
-            "required": True,
-            "description": "A name or alias; may have slashes.",
-            "schema": _TEXT,
-        }
-    ]
+    model["get"]["parameters"] = [_path_parameter("model", "A name or alias; may have slashes.")]
     ready = _get("Whether a request would be taken now", "Status", errors=(503,))
     ready["get"]["security"] = []
     live = _get("Whether the process runs", "Status", errors=())
@@ -317,9 +370,10 @@ def openapi_page() -> dict[str, Any]:
             ),
             "/v1/responses": _post(
                 "Continue a conversation, in items",
-                "ResponsesBody",
+                responses_class.__name__,
                 _streamed_by_name("Response", "ResponseEvent"),
             ),
+            **(_stored_paths() if keeps_responses else {}),
             "/v1/messages": _post(
                 "Continue a conversation, in Anthropic's shape",
                 "MessagesBody",
@@ -343,7 +397,7 @@ def openapi_page() -> dict[str, Any]:
             "/live": live,
         },
         "components": {
-            "schemas": _answers() | _requests(),
+            "schemas": _answers() | _requests(responses_class),
             "securitySchemes": {
                 "api_key": {
                     "type": "http",

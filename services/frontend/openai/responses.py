@@ -21,9 +21,19 @@ _ID_PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 class ResponsesDialect(ItemDialect):
     """One response."""
 
-    def __init__(self, body: ResponsesBody) -> None:
+    def __init__(
+        self,
+        body: ResponsesBody,
+        *,
+        is_kept: bool = False,
+        previous_response_id: str | None = None,
+    ) -> None:
+        """`is_kept` is whether the response is kept, as far as that is known."""
         super().__init__()
+        self.is_kept = is_kept
+        self._previous_response_id = previous_response_id
         self._body = body
+        self._ended: dict[str, Any] | None = None
         self._events = 0
         self._status = "in_progress"
 
@@ -82,11 +92,11 @@ class ResponsesDialect(ItemDialect):
         return chunk + self._event("response.output_item.done", output_index=item.index, item=done)
 
     def end_chunks(self, answer: Answer) -> bytes:
-        response = self._finished()
+        response = self.finished()
         return self._event(f"response.{self._status}", response=response)
 
     def whole_answer(self, answer: Answer, choices: Sequence[dict[str, Any]]) -> bytes:
-        return orjson.dumps(self._finished())
+        return orjson.dumps(self.finished())
 
     def error_event(self, error: ApiError) -> bytes:
         """The error, and the response that failed with it."""
@@ -141,9 +151,12 @@ class ResponsesDialect(ItemDialect):
                 called = {"call_id": item.call_id, "name": item.name, "arguments": item.text}
                 return {"type": "function_call", **head, **called}
 
-    def _finished(self) -> dict[str, Any]:
-        self._status = "incomplete" if self.is_cut else "completed"
-        return self._response() | {"usage": self._usage()}
+    def finished(self) -> dict[str, Any]:
+        """The response once its last item is complete."""
+        if self._ended is None:
+            self._status = "incomplete" if self.is_cut else "completed"
+            self._ended = self._response() | {"usage": self._usage()}
+        return self._ended | {"store": self.is_kept}
 
     def _usage(self) -> dict[str, Any]:
         usage = self.answer.usage()
@@ -185,10 +198,10 @@ class ResponsesDialect(ItemDialect):
             "model": self.answer.model.name,
             "output": output,
             "parallel_tool_calls": body.parallel_tool_calls,
-            "previous_response_id": None,
+            "previous_response_id": self._previous_response_id,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "service_tier": "default",
-            "store": False,
+            "store": self.is_kept,
             "temperature": body.temperature,
             "text": {"format": {"type": "text"}} | text,
             "tool_choice": body.chosen_tool,

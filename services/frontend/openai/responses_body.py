@@ -1,7 +1,7 @@
 """The body of POST /v1/responses, and the chat request that it comes to.
 
-Nothing is kept between requests, so a conversation comes whole in `input` each time: what the
-answers' `output` had, and what followed.
+Where nothing is kept between requests a conversation comes whole in `input` each time: what the
+answers' `output` had, and what followed. Where responses are kept it may begin with one of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, InstanceOf, Tag, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, Tag, TypeAdapter, model_validator
 from pydantic.types import Discriminator
 
 from services.frontend.openai.constraints import JsonSchema, NamedSchema, ResponseFormat
@@ -30,6 +30,13 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "truncation": ("disabled",),
 }
 """Fields that are not offered, with the values (besides null) at which they ask for nothing."""
+
+NEUTRAL_WITH_STORE: Mapping[str, tuple[object, ...]] = {
+    name: values
+    for name, values in NEUTRAL.items()
+    if name not in ("previous_response_id", "store")
+}
+"""The same where responses are kept."""
 
 IGNORED = frozenset(
     {
@@ -66,6 +73,16 @@ class _MessageItem(Strict):
     status: str | None = None
     phase: str | None = None
 
+    id_prefix: ClassVar[str] = "msg"
+
+    def resource(self) -> dict[str, Any]:
+        """What the item is, as the API tells it; all of `resource` are without id and status."""
+        if self.role == "assistant":
+            part = {"type": "output_text", "annotations": [], "logprobs": [], "text": self.content}
+        else:
+            part = {"type": "input_text", "text": self.content}
+        return {"type": "message", "role": self.role, "content": [part]}
+
 
 class _ReasoningItem(Strict):
     type: Literal["reasoning"]
@@ -77,6 +94,12 @@ class _ReasoningItem(Strict):
     id: str | None = None
     status: str | None = None
 
+    id_prefix: ClassVar[str] = "rs"
+
+    def resource(self) -> dict[str, Any]:
+        thought = {"type": "reasoning_text", "text": self.content or self.summary}
+        return {"type": "reasoning", "summary": [], "content": [thought]}
+
 
 class _CallItem(Strict):
     type: Literal["function_call"]
@@ -86,6 +109,12 @@ class _CallItem(Strict):
     id: str | None = None
     status: str | None = None
 
+    id_prefix: ClassVar[str] = "fc"
+
+    def resource(self) -> dict[str, Any]:
+        called = {"call_id": self.call_id, "name": self.name, "arguments": self.arguments}
+        return {"type": "function_call", **called}
+
 
 class _CallOutputItem(Strict):
     type: Literal["function_call_output"]
@@ -94,6 +123,11 @@ class _CallOutputItem(Strict):
     id: str | None = None
     status: str | None = None
 
+    id_prefix: ClassVar[str] = "fco"
+
+    def resource(self) -> dict[str, Any]:
+        return {"type": "function_call_output", "call_id": self.call_id, "output": self.output}
+
 
 def _kind_of(item: object) -> str:
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "")
@@ -101,7 +135,7 @@ def _kind_of(item: object) -> str:
 
 
 # A tag that begins with # is left out where an error names its field.
-_Item: TypeAlias = Annotated[
+Item: TypeAlias = Annotated[
     Annotated[_MessageItem, Tag("#message")]
     | Annotated[_ReasoningItem, Tag("#reasoning")]
     | Annotated[_CallItem, Tag("#function_call")]
@@ -214,7 +248,7 @@ class ResponsesBody(Strict):
     """POST /v1/responses."""
 
     model: str = Field(min_length=1, max_length=256)
-    input: Annotated[list[_Item], BeforeValidator(_items), Field(min_length=1)]
+    input: Annotated[list[Item], BeforeValidator(_items), Field(min_length=1)]
     instructions: str | None = None
     tools: list[_FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[InstanceOf[ToolChoice] | None, BeforeValidator(_tool_choice)] = None
@@ -311,6 +345,24 @@ class ResponsesBody(Strict):
                     _add_message(messages, item)
         end_turn()
         return messages
+
+
+class StoredResponsesBody(ResponsesBody):
+    """POST /v1/responses where responses are kept."""
+
+    previous_response_id: str | None = None
+    """The conversation begins with that response and all that it was given, but for its
+    instructions."""
+    store: bool | None = None
+    """None keeps the response, too, as OpenAI does; but only where that can be done."""
+
+
+_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(Annotated[list[Item], BeforeValidator(_items)])
+
+
+def items_of(resources: list[dict[str, Any]]) -> list[Item]:
+    """Items that the API told of, to be given to it again."""
+    return _ITEMS.validate_python(resources)
 
 
 def _add_message(messages: list[ChatMessage], item: _MessageItem) -> None:

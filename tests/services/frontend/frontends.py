@@ -22,6 +22,7 @@ from services.frontend.model_files import ModelFileStore
 from services.frontend.models import Models
 from services.frontend.openai.app import create_app
 from services.frontend.pipeline import Pipeline
+from services.frontend.response_store import response_store
 from services.frontend.router_session import RouterSessions
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.worker.v1 import worker_pb2
@@ -143,13 +144,14 @@ async def frontend(
         # Not asked before it is there: nothing in here needs etcd, unless keys are to be in it.
         discovery = Discovery(parsed.etcd_url, parsed.namespace)
         access = await stack.enter_async_context(controlled_access(parsed, discovery))
+        store = await stack.enter_async_context(response_store(parsed))
         sessions = RouterSessions(parsed.session_window_responses)
         models = Models(known_cards, instances, ModelFileStore(folder / "tokenizers"))
         metrics = FrontendMetrics(CollectorRegistry())
         pipeline = Pipeline(parsed, models, sessions, metrics, access)
         await stack.enter_async_context(sessions.following(instances))
         await stack.enter_async_context(models.following())
-        http = await stack.enter_async_context(serving_http(create_app(pipeline), parsed))
+        http = await stack.enter_async_context(serving_http(create_app(pipeline, store), parsed))
         client = await stack.enter_async_context(
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{http.port}", timeout=30)
         )

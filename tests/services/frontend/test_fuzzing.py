@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from schemathesis.specs.openapi import checks
 
 from services.frontend.anthropic import errors as anthropic_errors
 from services.frontend.openai.page import openapi_page
+from tests.fixtures.eventually import eventually
+from tests.fixtures.servers import new_nats
 from tests.services.frontend.byte_model import NAME
 from tests.services.frontend.fake_router import fake_router, says
 from tests.services.frontend.frontends import Frontend, frontend
@@ -33,6 +36,17 @@ START_SECONDS = 60
 EXAMPLES = settings(
     max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+
+
+@asynccontextmanager
+async def jetstream(folder: Path) -> AsyncIterator[str]:
+    """A NATS server that keeps streams; yields its URL."""
+    server = new_nats(folder, has_jetstream=True)
+    await asyncio.to_thread(server.start)
+    try:
+        yield server.url
+    finally:
+        server.stop()
 
 
 class Served:
@@ -52,8 +66,20 @@ class Served:
         try:
             async with (
                 fake_router(says("ok", tokens_per_step=9)) as router,
-                frontend(folder, [router], max_body_bytes=50_000) as started,
+                jetstream(folder) as nats_url,
+                frontend(
+                    folder,
+                    [router],
+                    max_body_bytes=50_000,
+                    response_store="nats",
+                    nats_url=nats_url,
+                ) as started,
             ):
+
+                async def keeps_responses() -> bool:
+                    return (await started.client.get("/v1/responses/any")).status_code == 404
+
+                await eventually(keeps_responses)
                 self._ready.set_result(started)
                 await self._stop.wait()
         except BaseException as error:
@@ -101,7 +127,7 @@ def check_answer(response: httpx.Response) -> None:
     assert "Traceback" not in response.text
 
 
-PAGE: Any = schemathesis.openapi.from_dict(openapi_page())
+PAGE: Any = schemathesis.openapi.from_dict(openapi_page(keeps_responses=True))
 OPERATIONS = {result.ok().label: result.ok() for result in PAGE.get_all_operations()}
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 
@@ -148,7 +174,7 @@ JSON = st.recursive(
 FIELDS = sorted(
     {
         field
-        for schema in openapi_page()["components"]["schemas"].values()
+        for schema in openapi_page(keeps_responses=True)["components"]["schemas"].values()
         for field in schema.get("properties", {})
     }
 )

@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from services.frontend.openai.page import openapi_page
 from tests.services.frontend.byte_model import NAME
 from tests.services.frontend.frontends import frontend
 
@@ -42,6 +43,16 @@ async def test_the_page_has_every_endpoint_and_no_loose_end(tmp_path: Path) -> N
     text = json.dumps(page)
     named = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert named <= set(page["components"]["schemas"])
+
+
+def test_where_responses_are_kept_the_page_says_so() -> None:
+    page = openapi_page(keeps_responses=True)
+    path = "/v1/responses/{response_id}"
+    assert set(page["paths"]) - set(openapi_page()["paths"]) == {path, f"{path}/input_items"}
+    schema = {"$ref": "#/components/schemas/StoredResponsesBody", "components": page["components"]}
+    body = {"model": NAME, "input": "a", "store": True, "previous_response_id": "resp-1"}
+    assert jsonschema_rs.is_valid(schema, body)
+    assert not jsonschema_rs.is_valid(schema, body | {"background": True})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 @asynccontextmanager
 async def process(
-    etcd: ServerProcess, folder: Path, name: str, port: int
+    etcd: ServerProcess, folder: Path, name: str, port: int, **settings: str
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
     """A frontend process; killed at the end if it still runs."""
     options = {
@@ -38,6 +38,7 @@ async def process(
         "http-port": str(port),
         "cache-folder": str(folder),
         "drain-seconds": "10",
+        **{setting.replace("_", "-"): value for setting, value in settings.items()},
     }
     arguments = [f"--{option}={value}" for option, value in options.items()]
     with (folder / f"{name}.log").open("wb") as log:

@@ -22,7 +22,8 @@ from services.frontend.core.api_keys import new_key
 from services.frontend.tokenizer import ModelTokenizer
 from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
-from tests.fixtures.eventually import until
+from tests.fixtures.eventually import eventually, until
+from tests.fixtures.servers import new_nats
 from tests.services.frontend import byte_model, tool_model
 from tests.services.frontend.fake_router import LENGTH, STOP, Call, fake_router, never_answers
 from tests.services.frontend.frontends import Frontend, file_server, frontend
@@ -129,7 +130,8 @@ def _card(
 
 
 class Served:
-    """Two frontends, one of them with API keys, while the process does something else."""
+    """Two frontends, while the process does something else. One of them has API keys and keeps
+    responses, if it is told nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self._ready: Future[Sequence[Frontend]] = Future()
@@ -163,17 +165,22 @@ class Served:
                 _, plain = await stack.enter_async_context(file_server(instance_id=1))
                 _, talented = await stack.enter_async_context(file_server(TALENTED_FILES, 2))
                 cards = [_card(PLAIN, 1), _card(TALENTED, 2, "hermes", "qwen3")]
+                nats = new_nats(folder, has_jetstream=True)
+                stack.callback(nats.stop)
+                await asyncio.to_thread(nats.start)
+                keyed = {"api_keys": str(keys), "response_store": "nats", "nats_url": nats.url}
+                by_name: dict[str, dict[str, str]] = {"open": {}, "keyed": keyed}
                 started = [
                     await stack.enter_async_context(
                         frontend(
-                            folder / api_keys,
+                            folder / name,
                             [router],
                             cards=cards,
                             workers=[plain, talented],
-                            api_keys=path,
+                            **settings,
                         )
                     )
-                    for api_keys, path in (("open", "none"), ("keyed", str(keys)))
+                    for name, settings in by_name.items()
                 ]
                 for one in started:
                     await until(lambda one=one: len([*one.models.served()]) == len(cards))  # type: ignore[misc]
@@ -184,6 +191,13 @@ class Served:
                     "/v1/completions", json=body, headers={"x-api-key": POOR_KEY}
                 )
                 assert spent.status_code == 200, spent.text
+
+                async def keeps_responses() -> bool:
+                    headers = {"x-api-key": KEY}
+                    url = f"/v1/responses/resp-{0:032x}"
+                    return (await started[1].client.get(url, headers=headers)).status_code == 404
+
+                await eventually(keeps_responses)
                 self._ready.set_result(started)
                 await self._stop.wait()
                 # Whoever left has been noticed, and nothing of theirs goes on.

@@ -38,20 +38,17 @@ def install(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(served: Served) -> dict[str, Any]:
-    """Of all cases, which run side by side in one process."""
+def sdk() -> Path:
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.fail(f"{program} is missing. Install Node.js 20 or later, which has both")
-    told = {
-        "cases": [for_client(case, "node") for case in CASES],
-        "url": served.url,
-        "keyed_url": served.keyed_url,
-        "keys": KEYS,
-    }
-    sdk = installed(f"openai-node-{VERSION}", install)
+    return installed(f"openai-node-{VERSION}", install)
+
+
+def run(script: str, sdk: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """What a script prints that is told this."""
     done = subprocess.run(
-        ["node", str(Path(__file__).with_name("runner.mjs")), str(sdk)],
+        ["node", str(Path(__file__).with_name(script)), str(sdk)],
         input=json.dumps(told),
         timeout=RUN_SECONDS,
         capture_output=True,
@@ -62,9 +59,29 @@ def outcomes(served: Served) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def outcomes(served: Served, sdk: Path) -> dict[str, Any]:
+    """Of all cases, which run side by side in one process."""
+    told = {
+        "cases": [for_client(case, "node") for case in CASES],
+        "url": served.url,
+        "keyed_url": served.keyed_url,
+        "keys": KEYS,
+    }
+    return run("runner.mjs", sdk, told)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_node(outcomes: dict[str, Any], name: str) -> None:
     outcome = outcomes[name]
     if events := outcome.get("result", {}).get("events"):
         outcome = {"result": streamed(events)}
     check(for_client(BY_NAME[name], "node"), outcome, NODE_CLASSES)
+
+
+def test_a_kept_conversation_is_gone_through_and_deleted(served: Served, sdk: Path) -> None:
+    found = run("stored_responses.mjs", sdk, {"url": served.keyed_url, "key": KEYS["good"]})
+    assert "Say: One" in found["second"]
+    assert found["texts"] == ["Say: One", "One", "Prompt:", found["second"], "Say: Three"]
+    assert found["retrieved"] == "Three"
+    assert found["after_deletion"] == 404

@@ -171,3 +171,26 @@ def test_a_conversation_of_responses_goes_on_with_their_output(served: Served) -
         [answer] = [item for item in second.output if item.type == "message"]
         assert "f a=1" in answer.content[0].to_dict()["text"]  # type: ignore[operator]
         assert "f: fine" in second.output_text
+
+
+def test_a_kept_conversation_is_gone_through_and_deleted(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.keyed_url}/v1", api_key=KEY) as client:
+        first = client.responses.create(model=PLAIN, input="Say: One", instructions="Be brief.")
+        second = client.responses.create(
+            model=PLAIN, input="Prompt:", previous_response_id=first.id
+        )
+        assert "Say: One" in second.output_text
+        assert "Be brief." not in second.output_text
+        assert client.responses.retrieve(second.id).output_text == second.output_text
+        with client.responses.stream(
+            model=PLAIN, input="Say: Three", previous_response_id=second.id
+        ) as stream:
+            third = stream.get_final_response()
+        items = client.responses.input_items.list(third.id, limit=2, order="asc")
+        texts = [item.to_dict()["content"][0]["text"] for item in items]  # type: ignore[index]
+        assert texts == ["Say: One", "One", "Prompt:", second.output_text, "Say: Three"]
+        client.responses.delete(third.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(third.id)
+        with pytest.raises(openai.BadRequestError):
+            client.responses.cancel(second.id)

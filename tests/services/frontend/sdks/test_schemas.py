@@ -25,6 +25,7 @@ VALIDATORS = {
         "ListModelsResponse",
         "Model",
         "Response",
+        "ResponseItemList",
         "ResponseStreamEvent",
     )
 }
@@ -94,6 +95,32 @@ def test_answers_are_valid(served: Served, name: str) -> None:
     for event in events:
         schema = "ErrorResponse" if "error" in event else PIECES[case["call"]]
         assert problems(schema, event) == []
+
+
+def test_a_kept_response_and_its_items_are_valid(served: Served) -> None:
+    items = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": "Say: Hi"},
+        {"role": "assistant", "content": "Hi"},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "fine"},
+        {"role": "user", "content": "Say: <think>\nHm.\n</think>\n\nYes"},
+    ]
+    headers = {"authorization": f"Bearer {KEYS['good']}"}
+    with httpx.Client(base_url=f"{served.keyed_url}/v1", headers=headers, timeout=30) as client:
+        body = {"model": "talented", "input": items}
+        made = client.post("/responses", json=body).json()
+        assert problems("Response", made) == []
+        assert client.get(f"/responses/{made['id']}").json() == made
+        body = {"model": "talented", "input": "Say: No", "previous_response_id": made["id"]}
+        after = client.post("/responses", json=body).json()
+        assert problems("Response", after) == []
+        listed = client.get(f"/responses/{after['id']}/input_items").json()
+        assert len(listed["data"]) == len(items) + len(made["output"]) + 1
+        assert problems("ResponseItemList", listed) == []
+        del listed["data"][0]["id"]
+        assert problems("ResponseItemList", listed)
 
 
 @pytest.mark.parametrize(
