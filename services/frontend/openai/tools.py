@@ -138,7 +138,8 @@ class ToolBody(Strict):
                     "--tool-parser",
                 )
             case _:
-                return Parsing(model.format, names)
+                schemas = {tool.function.name: tool.function.parameters for tool in self.tools}
+                return Parsing(model.format, names, schemas)
 
     def choice_of(self, parsing: Parsing, completion: Completion) -> ParsedChoice:
         """Takes the answer of a completion apart."""

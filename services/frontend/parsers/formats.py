@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.frontend.parsers.events import Output
 from services.frontend.parsers.forced import NamedCallStage, RequiredCallsStage
@@ -14,6 +15,13 @@ from services.frontend.parsers.llama3_json import PYTHON_TAG, Llama3JsonStage
 from services.frontend.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralStage
 from services.frontend.parsers.stage import ContentStage, OutputParser, Stage
 from services.frontend.parsers.think import ThinkStage
+from services.frontend.parsers.xml_calls import (
+    GLM45,
+    QWEN3_CODER,
+    XmlFormat,
+    XmlStage,
+    parameter_types,
+)
 
 AUTO = "auto"
 """Takes the format that the model's files tell of, if any."""
@@ -27,8 +35,8 @@ HARMONY = "gpt_oss"
 class ToolFormat:
     """How a model writes tool calls."""
 
-    stage: Callable[[Output, Collection[str]], Stage]
-    """Takes the output and the names of the tools."""
+    stage: Callable[[Output, Parsing], Stage]
+    """Takes the output, and what is known of the tools."""
     marks: tuple[str, ...]
     """Texts that the parser must see even where they are special tokens."""
     has_short_call_ids: bool = False
@@ -45,12 +53,25 @@ class ReasoningFormat:
     """The model may leave the opening mark out."""
 
 
+def _xml(marks: XmlFormat) -> ToolFormat:
+    return ToolFormat(
+        lambda output, parsing: XmlStage(
+            output, marks, parsing.tool_names, parameter_types(parsing.tool_schemas)
+        ),
+        (OPENING, CLOSING),
+    )
+
+
 TOOL_FORMATS = {
     "hermes": ToolFormat(lambda output, _: HermesStage(output), (OPENING, CLOSING)),
-    "llama3_json": ToolFormat(Llama3JsonStage, (PYTHON_TAG,)),
+    "llama3_json": ToolFormat(
+        lambda output, parsing: Llama3JsonStage(output, parsing.tool_names), (PYTHON_TAG,)
+    ),
     "mistral": ToolFormat(
         lambda output, _: MistralStage(output), (TOOL_CALLS, ARGS, CALL_ID), has_short_call_ids=True
     ),
+    "qwen3_coder": _xml(QWEN3_CODER),
+    "glm45": _xml(GLM45),
 }
 
 REASONING_FORMATS = {
@@ -96,9 +117,13 @@ def _detected_tools(template: str, is_token: Callable[[str], bool]) -> str:
         return NONE
     if is_token(TOOL_CALLS):
         return "mistral"
-    # Other formats put XML, not JSON, between the same marks.
-    if OPENING in template and not any(xml in template for xml in ("<function=", "<arg_key>")):
-        return "hermes"
+    if OPENING in template:
+        if "<function=" in template and "<parameter=" in template:
+            return "qwen3_coder"
+        if "<arg_key>" in template and "<arg_value>" in template:
+            return "glm45"
+        # What else has XML, not JSON, between the same marks is none of the known ones.
+        return NONE if any(xml in template for xml in ("<function=", "<arg_key>")) else "hermes"
     if is_token(PYTHON_TAG) and '"parameters"' in template:
         return "llama3_json"
     return NONE
@@ -119,6 +144,8 @@ class Parsing:
     format: ModelFormat
     tool_names: frozenset[str] = frozenset()
     """Tools that may be called; none turns their parser off."""
+    tool_schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """JSON schemas of the tools' arguments, by name, as far as there are any."""
     forced_name: str | None = None
     """All answers are the arguments of this function."""
     are_calls_required: bool = False
@@ -160,7 +187,7 @@ class Parsing:
             stage: Stage = HarmonyStage(output, offers_tools=self._tools == HARMONY)
             return OutputParser(stage, output)
         tools = TOOL_FORMATS.get(self._tools)
-        stage = tools.stage(output, self.tool_names) if tools else ContentStage(output)
+        stage = tools.stage(output, self) if tools else ContentStage(output)
         if reasoning := REASONING_FORMATS.get(self.format.reasoning):
             prompt_end = prompt_end.rstrip()
             stage = ThinkStage(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from services.frontend.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from services.frontend.parsers.formats import ModelFormat, Parsing
@@ -54,9 +55,14 @@ def parsing(
     *,
     forced: str | None = None,
     required: bool = False,
+    schemas: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Parsing:
     return Parsing(
-        ModelFormat(tools, reasoning), TOOL_NAMES, forced_name=forced, are_calls_required=required
+        ModelFormat(tools, reasoning),
+        TOOL_NAMES,
+        schemas or {},
+        forced_name=forced,
+        are_calls_required=required,
     )
 
 

@@ -16,6 +16,7 @@ from openai_harmony import (  # type: ignore[import-untyped]
     load_harmony_encoding,
 )
 
+from services.frontend.parsers.events import CallArguments
 from services.frontend.parsers.formats import ModelFormat, chosen, detected
 from services.frontend.parsers.harmony import MARKS
 from tests.services.frontend.parsers.reading import Answer, parsing, read_by_character
@@ -102,6 +103,110 @@ MISTRAL = [
         Answer(content=", 5]", calls=[("f", "{}")]),
     ),
 ]
+
+
+QWEN3_CODER = [
+    (
+        "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        Answer(content="I look.", calls=[("get_weather", '{"city": "Oslo", "days": 3}')]),
+    ),
+    (  # Without parameters, and two calls.
+        "<tool_call>\n<function=a>\n</function>\n</tool_call>\n<tool_call>\n<function=b></function>"
+        "</tool_call> Done.",
+        Answer(content=" Done.", calls=[("a", "{}"), ("b", "{}")]),
+    ),
+    (  # Of no schema's: a text, line breaks within it and all.
+        "<tool_call><function=f><parameter=a>\n\n5\n\n</parameter></function></tool_call>",
+        Answer(calls=[("f", '{"a": "\\n5\\n"}')]),
+    ),
+    (  # As one line.
+        "<tool_call><function=get_weather><parameter=days>3</parameter></function></tool_call>",
+        Answer(calls=[("get_weather", '{"days": 3}')]),
+    ),
+    (  # Without the first mark: only a tool's name makes it a call.
+        "<function=get_time>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
+        Answer(calls=[("get_time", '{"a": "x"}')]),
+    ),
+    ("<function=f>\n</function>", Answer(content="<function=f>\n</function>")),
+    (  # Without a value's last mark, and without the function's.
+        "<tool_call><function=f><parameter=a>1<parameter=b>2</parameter></tool_call>",
+        Answer(calls=[("f", '{"a": "1", "b": "2"}')]),
+    ),
+    (  # A value that the schema does not allow is a text.
+        "<tool_call><function=get_weather><parameter=days>soon</parameter></function></tool_call>",
+        Answer(calls=[("get_weather", '{"days": "soon"}')]),
+    ),
+    (  # Cut off in a text, in another value, and in a mark.
+        '<tool_call><function=f><parameter=a>say "x',
+        Answer(calls=[("f", '{"a": "say \\"x')]),
+    ),
+    (
+        "<tool_call><function=get_weather><parameter=where>[1, 2",
+        Answer(calls=[("get_weather", '{"where": [1, 2')]),
+    ),
+    (
+        "<tool_call><function=f><parameter=a>1</parameter><para",
+        Answer(calls=[("f", '{"a": "1"<para')]),
+    ),
+    ("<tool_call>\n<function=f", Answer(content="<tool_call>\n<function=f")),
+    ("<tool_call>\n{}</tool_call>", Answer(content="<tool_call>\n{}</tool_call>")),
+    (  # What is between parameters and no parameter stays with the arguments.
+        "<tool_call><function=f><parameter=a>1</parameter> oh </function></tool_call>ok",
+        Answer(content="ok", calls=[("f", '{"a": "1" oh </function>')]),
+    ),
+]
+
+GLM45 = [
+    (
+        "I look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        Answer(content="I look.", calls=[("get_weather", '{"city": "Oslo", "days": 3}')]),
+    ),
+    (  # In one line, as GLM 4.7 writes it, and values as they are.
+        "<tool_call>f<arg_key>a</arg_key><arg_value>\nx\n</arg_value></tool_call>",
+        Answer(calls=[("f", '{"a": "\\nx\\n"}')]),
+    ),
+    ("<tool_call>get_time\n</tool_call>", Answer(calls=[("get_time", "{}")])),
+    ("<tool_call>hello</tool_call>", Answer(content="<tool_call>hello</tool_call>")),
+    (  # Without a value's last mark.
+        "<tool_call>f<arg_key>a</arg_key><arg_value>x</tool_call>Done",
+        Answer(content="Done", calls=[("f", '{"a": "x"}')]),
+    ),
+    (
+        "<tool_call>f<arg_key>a</arg_key><arg_value>x",
+        Answer(calls=[("f", '{"a": "x')]),
+    ),
+]
+
+XML_SCHEMAS = {
+    "get_weather": {
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "where": {"type": "array"},
+        }
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "expected"),
+    [
+        *(("qwen3_coder", *case) for case in QWEN3_CODER),
+        *(("glm45", *case) for case in GLM45),
+    ],
+)
+def test_calls_in_xml_are_found_and_their_values_typed(
+    tools: str, text: str, expected: Answer
+) -> None:
+    assert read_by_character(parsing(tools, schemas=XML_SCHEMAS), text) == expected
+
+
+def test_a_long_text_in_xml_goes_out_as_it_comes() -> None:
+    parser = parsing("qwen3_coder").parser("")
+    parser.feed("<tool_call><function=f><parameter=code>")
+    assert parser.feed("def f():\n    retu") == [CallArguments(0, "def f():\\n    retu")]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +360,9 @@ def test_harmony_is_read_as_its_own_library_reads_it(
         ("{{ tools }}<tool_call>", (), ModelFormat("hermes")),
         ("{{ tools }}<tool_call></think>", (), ModelFormat("hermes", "qwen3")),
         ("{{ tools }}<tool_call><function=f>", (), ModelFormat()),
+        ("{{ tools }}<tool_call><function=f><parameter=", (), ModelFormat("qwen3_coder")),
+        ("{{ tools }}<tool_call><arg_key>", (), ModelFormat()),
+        ("{{ tools }}<tool_call><arg_key><arg_value></think>", (), ModelFormat("glm45", "qwen3")),
         ("<tool_call>", (), ModelFormat()),
         ("<｜Assistant｜><think>...</think>", (), ModelFormat("none", "deepseek_r1")),
         ('{{ tools }} "parameters": ', ("<|python_tag|>",), ModelFormat("llama3_json")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -29,6 +29,10 @@ PARSINGS = {
     "mistral": parsing("mistral"),
     "mistral+mistral": parsing("mistral", "mistral"),
     "gpt_oss": parsing("gpt_oss", "gpt_oss"),
+    "qwen3_coder": parsing("qwen3_coder"),
+    "qwen3_coder+qwen3": parsing("qwen3_coder", "qwen3"),
+    "glm45": parsing("glm45"),
+    "glm45+qwen3": parsing("glm45", "qwen3"),
     "named": parsing(forced="get_weather"),
     "required": parsing(required=True),
 }
@@ -112,6 +116,12 @@ def written(format_name: str, answer: Meant, indent: int | None) -> str:
             ]
             messages.append(f"<|channel|>final<|message|>{answer.content}<|return|>")
             return "<|end|><|start|>assistant".join(messages)
+        case "qwen3_coder" | "qwen3_coder+qwen3" | "glm45" | "glm45+qwen3":
+            think = f"<think>\n{answer.reasoning}\n</think>\n\n" if "+" in format_name else ""
+            write = qwen_call if "qwen3_coder" in format_name else glm_call
+            return think + "\n".join(
+                [answer.content, *(write(name, given, indent) for name, given in answer.calls)]
+            )
         case "named":
             return calls[0][1] if calls else answer.content
         case "required":
@@ -121,6 +131,48 @@ def written(format_name: str, answer: Meant, indent: int | None) -> str:
             return f"[{listed}]" if calls else answer.content
         case _:
             raise AssertionError(format_name)
+
+
+def as_text(value: object, indent: int | None) -> str:
+    """A value as the formats without JSON write it."""
+    return value if isinstance(value, str) else as_json(value, indent)
+
+
+def qwen_call(name: str, given: dict[str, object], indent: int | None) -> str:
+    parameters = [
+        f"<parameter={key}>\n{as_text(value, indent)}\n</parameter>\n"
+        for key, value in given.items()
+    ]
+    return f"<tool_call>\n<function={name}>\n{''.join(parameters)}</function>\n</tool_call>"
+
+
+def glm_call(name: str, given: dict[str, object], indent: int | None) -> str:
+    parameters = [
+        f"<arg_key>{key}</arg_key>\n<arg_value>{as_text(value, indent)}</arg_value>\n"
+        for key, value in given.items()
+    ]
+    return f"<tool_call>{name}\n{''.join(parameters)}</tool_call>"
+
+
+def parsing_of(format_name: str, answer: Meant) -> Parsing:
+    """How answers of a format are read, with the schemas that the calls' arguments have."""
+    how = PARSINGS[format_name]
+    if how.format.tools not in ("qwen3_coder", "glm45"):
+        return how
+    # Schemas are of tools, not of calls: one of each tool.
+    answer.calls = list({name: (name, given) for name, given in answer.calls}.values())
+    if how.format.tools == "glm45":
+        assume("</tool_call>" not in str(answer.calls))
+    schemas = {
+        name: {"properties": {key: {"type": type_of(value)} for key, value in given.items()}}
+        for name, given in answer.calls
+    }
+    return replace(how, tool_schemas=schemas)
+
+
+def type_of(value: object) -> str:
+    names = {bool: "boolean", int: "integer", str: "string", list: "array", type(None): "null"}
+    return names[type(value)]
 
 
 formats = st.sampled_from(sorted(PARSINGS))
@@ -134,8 +186,9 @@ def test_what_a_model_means_arrives_however_it_is_cut(
     format_name: str, answer: Meant, indent: int | None, where: list[int]
 ) -> None:
     assume(answer.calls or format_name not in ("named", "required"))
+    how = parsing_of(format_name, answer)
     text = written(format_name, answer, indent)
-    found = read(PARSINGS[format_name], text, where)
+    found = read(how, text, where)
     calls = [(name, json.loads(given)) for name, given in found.calls]
     if format_name == "named":
         assert calls == [("get_weather", given) for _, given in answer.calls[:1]]
@@ -175,6 +228,8 @@ MARKS = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[THINK]",
     "[/THINK]", "<|python_tag|>", "<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>",
     '{"name": "get_weather", "arguments": ', '{"type": 1, ', '"arguments": 5, ',
+    "<function=", "<function=get_weather>", "<parameter=", "<parameter=a>", "</parameter>",
+    "</function>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ",
 ]  # fmt: skip
 
