@@ -84,7 +84,7 @@ def processes(
 ) -> list[ProcessSpec]:
     """Every process of the deployment. `take_port` gives a port that nothing else uses."""
     etcd = etcd_server(run_dir, take_port)
-    nats = nats_server(take_port)
+    nats = nats_server(run_dir, take_port)
     services = list(_Services(deployment, etcd, nats, take_port).all())
     edge = [envoy(deployment, services, take_port)] if deployment.envoy else []
     return [etcd, nats, *services, *edge]
@@ -209,7 +209,7 @@ class _Services:
         command = [python, "-m", f"services.{component}", "--name", name]
         command += ["--namespace", NAMESPACE]
         command += ["--etcd-url", self._etcd_url]
-        if component not in ("frontend", "router"):  # The others send or follow KV events.
+        if component != "router":  # It alone has no use for it.
             command += ["--nats-url", self._nats_url]
         command += ["--host", HOST, "--grpc-port", str(ports["grpc"])]
         if "metrics" in ports:
@@ -258,13 +258,16 @@ def etcd_server(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
     )
 
 
-def nats_server(take_port: Callable[[], int]) -> ProcessSpec:
-    """A NATS server of its own, whose `address` is its URL."""
+def nats_server(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
+    """A NATS server of its own, whose `address` is its URL. It can keep streams, which frontends
+    make when they are told to keep responses."""
     port = take_port()
     address = f"{HOST}:{port}"
+    command = [_server_binary("nats-server"), "--addr", HOST, "--port", str(port)]
+    command += ["--jetstream", "--store_dir", str(run_dir.absolute() / "nats-0.data")]
     return ProcessSpec(
         name="nats-0",
-        command=(_server_binary("nats-server"), "--addr", HOST, "--port", str(port)),
+        command=tuple(command),
         ports={"client": port},
         address=f"nats://{address}",
         probes=(Probe(kind="nats", target=address),),

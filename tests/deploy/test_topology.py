@@ -73,10 +73,17 @@ def test_every_service_is_told_its_name_and_where_etcd_is() -> None:
         assert flag(spec, "--etcd-url") == made["etcd-0"].address
 
 
-def test_who_sends_or_follows_kv_events_is_told_where_nats_is() -> None:
+def test_who_has_a_use_for_nats_is_told_where_it_is() -> None:
     made = specs()
-    for name in ("kv_indexer-0", "prefill_worker-0", "decode_worker-0"):
+    for name in ("kv_indexer-0", "prefill_worker-0", "decode_worker-0", "frontend-0"):
         assert flag(made[name], "--nats-url") == made["nats-0"].address
+    assert "--nats-url" not in made["router-0"].command
+
+
+def test_nats_can_keep_responses() -> None:
+    nats = specs()["nats-0"]
+    assert "--jetstream" in nats.command
+    assert flag(nats, "--store_dir").endswith("/nats-0.data")
 
 
 def test_a_frontend_is_ready_when_it_lists_the_model() -> None:
