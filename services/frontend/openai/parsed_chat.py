@@ -81,9 +81,9 @@ class ParsedChoice:
                 return _reasoning(text) if self._includes_reasoning else None
             case CallStart(index) | CallArguments(index) if self._is_beyond(index):
                 return None
-            case CallStart(index, name):
+            case CallStart(index, name, own_id):
                 self.has_calls = True
-                call_id = new_call_id(is_short=self._has_short_call_ids)
+                call_id = own_id or new_call_id(is_short=self._has_short_call_ids)
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": call_id, "type": "function", "function": function}
                 return {"tool_calls": [call]}

@@ -26,6 +26,8 @@ class CallStart:
 
     index: int
     name: str
+    call_id: str = ""
+    """The model's own name for the call, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,11 @@ class Output:
             self._follows_call = False
             self._events.append(Content(certain))
 
-    def call(self, name: str) -> None:
+    def call(self, name: str, call_id: str = "") -> None:
         """A tool call begins; its arguments follow."""
         self._gap = ""
         self._is_marked = self._follows_call = True
-        self._events.append(CallStart(self.calls, name))
+        self._events.append(CallStart(self.calls, name, call_id))
         self.calls += 1
 
     def arguments(self, text: str) -> None:

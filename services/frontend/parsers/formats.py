@@ -13,6 +13,7 @@ from services.frontend.parsers.harmony import HarmonyStage
 from services.frontend.parsers.hermes import CLOSING, OPENING, HermesStage
 from services.frontend.parsers.llama3_json import PYTHON_TAG, Llama3JsonStage
 from services.frontend.parsers.mistral import ARGS, CALL_ID, TOOL_CALLS, MistralStage
+from services.frontend.parsers.sections import DEEPSEEK_V3, KIMI_K2, SectionStage
 from services.frontend.parsers.stage import ContentStage, OutputParser, Stage
 from services.frontend.parsers.think import ThinkStage
 from services.frontend.parsers.xml_calls import (
@@ -70,6 +71,10 @@ TOOL_FORMATS = {
     "mistral": ToolFormat(
         lambda output, _: MistralStage(output), (TOOL_CALLS, ARGS, CALL_ID), has_short_call_ids=True
     ),
+    "kimi_k2": ToolFormat(lambda output, _: SectionStage(output, KIMI_K2), KIMI_K2.marks),
+    "deepseek_v3": ToolFormat(
+        lambda output, _: SectionStage(output, DEEPSEEK_V3), DEEPSEEK_V3.marks
+    ),
     "qwen3_coder": _xml(QWEN3_CODER),
     "glm45": _xml(GLM45),
 }
@@ -117,6 +122,9 @@ def _detected_tools(template: str, is_token: Callable[[str], bool]) -> str:
         return NONE
     if is_token(TOOL_CALLS):
         return "mistral"
+    for name, marks in (("kimi_k2", KIMI_K2), ("deepseek_v3", DEEPSEEK_V3)):
+        if is_token(marks.section):
+            return name
     if OPENING in template:
         if "<function=" in template and "<parameter=" in template:
             return "qwen3_coder"

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
+from services.frontend.parsers.sections import DEEPSEEK_V3, KIMI_K2
 from tests.services.frontend.parsers.reading import TOOL_NAMES, parsing, read_by_character
-from tests.services.frontend.parsers.test_properties import glm_call, qwen_call
+from tests.services.frontend.parsers.test_properties import (
+    deepseek_call,
+    glm_call,
+    in_section,
+    kimi_call,
+    qwen_call,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -47,7 +54,23 @@ def hermes_call(name: str, given: dict[str, object], indent: int | None) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-WRITERS = {"qwen3_coder": qwen_call, "glm45": glm_call, "hermes": hermes_call}
+def kimi(name: str, given: dict[str, object], indent: int | None) -> str:
+    return kimi_call(name, json.dumps(given, ensure_ascii=False, indent=indent), 0)
+
+
+def deepseek(name: str, given: dict[str, object], indent: int | None) -> str:
+    """On one line: theirs reads no other."""
+    return deepseek_call(name, json.dumps(given, ensure_ascii=False))
+
+
+WRITERS = {
+    "qwen3_coder": qwen_call,
+    "glm45": glm_call,
+    "hermes": hermes_call,
+    "kimi_k2": kimi,
+    "deepseek_v3": deepseek,
+}
+SECTIONS = {"kimi_k2": KIMI_K2, "deepseek_v3": DEEPSEEK_V3}
 
 
 def made_up(parser: str, number: int) -> dict[str, Any]:
@@ -66,7 +89,10 @@ def made_up(parser: str, number: int) -> dict[str, Any]:
         schemas[name] = {"type": "object", "properties": properties}
         calls.append(WRITERS[parser](name, given, draw.choice([None, 2])))
     content = draw.choice(["", "I look.\n", "Größer {x} <b>\n\n"])
-    return {"parser": parser, "text": content + "\n".join(calls), "schemas": schemas}
+    written = "\n".join(calls)
+    if marks := SECTIONS.get(parser):
+        written = in_section(marks, calls)
+    return {"parser": parser, "text": content + written, "schemas": schemas}
 
 
 def test_whole_texts_are_read_as_vllm_reads_them() -> None:

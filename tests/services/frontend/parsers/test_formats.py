@@ -16,7 +16,7 @@ from openai_harmony import (  # type: ignore[import-untyped]
     load_harmony_encoding,
 )
 
-from services.frontend.parsers.events import CallArguments
+from services.frontend.parsers.events import CallArguments, CallStart
 from services.frontend.parsers.formats import ModelFormat, chosen, detected
 from services.frontend.parsers.harmony import MARKS
 from tests.services.frontend.parsers.reading import Answer, parsing, read_by_character
@@ -179,6 +179,44 @@ GLM45 = [
     ),
 ]
 
+KIMI = [
+    (
+        "I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
+        '<|tool_call_argument_begin|>{"zone": "UTC"}<|tool_call_end|><|tool_call_begin|>'
+        "functions.f:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+        Answer(content="I look.", calls=[("get_time", '{"zone": "UTC"}'), ("f", "{}")]),
+    ),
+    (  # Cut off, and broken.
+        '<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a": 1',
+        Answer(calls=[("f", '{"a": 1')]),
+    ),
+    (
+        '<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a": ~}'
+        "<|tool_call_end|><|tool_calls_section_end|>Oh.",
+        Answer(content="Oh.", calls=[("f", '{"a": ~}')]),
+    ),
+    (
+        "<|tool_calls_section_begin|>what?<|tool_calls_section_end|>",
+        Answer("", "<|tool_calls_section_begin|>what?<|tool_calls_section_end|>"),
+    ),
+]
+
+DEEPSEEK = [
+    (  # V3
+        "I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n"
+        "```json\n"
+        '{"zone": "UTC"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n'
+        "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        Answer(content="I look.", calls=[("get_time", '{"zone": "UTC"}'), ("f", "{}")]),
+    ),
+    (  # V3.1
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
+        '{"zone": "UTC"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        Answer(calls=[("get_time", '{"zone": "UTC"}')]),
+    ),
+    ("<｜tool▁call▁begin｜>", Answer("", "<｜tool▁call▁begin｜>")),
+]
+
 XML_SCHEMAS = {
     "get_weather": {
         "properties": {
@@ -193,14 +231,24 @@ XML_SCHEMAS = {
 @pytest.mark.parametrize(
     ("tools", "text", "expected"),
     [
+        *(("kimi_k2", *case) for case in KIMI),
+        *(("deepseek_v3", *case) for case in DEEPSEEK),
         *(("qwen3_coder", *case) for case in QWEN3_CODER),
         *(("glm45", *case) for case in GLM45),
     ],
 )
-def test_calls_in_xml_are_found_and_their_values_typed(
+def test_calls_in_sections_and_xml_are_found_and_values_typed(
     tools: str, text: str, expected: Answer
 ) -> None:
     assert read_by_character(parsing(tools, schemas=XML_SCHEMAS), text) == expected
+
+
+def test_a_call_keeps_the_name_that_the_model_has_for_it() -> None:
+    parser = parsing("kimi_k2").parser("")
+    begin = (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>"
+    )
+    assert parser.feed(f'{begin}{{"')[0] == CallStart(0, "f", "functions.f:3")
 
 
 def test_a_long_text_in_xml_goes_out_as_it_comes() -> None:
@@ -365,6 +413,8 @@ def test_harmony_is_read_as_its_own_library_reads_it(
         ("{{ tools }}<tool_call><arg_key><arg_value></think>", (), ModelFormat("glm45", "qwen3")),
         ("<tool_call>", (), ModelFormat()),
         ("<｜Assistant｜><think>...</think>", (), ModelFormat("none", "deepseek_r1")),
+        ("{{ tools }}", ("<|tool_calls_section_begin|>",), ModelFormat("kimi_k2")),
+        ("{{ tools }}", ("<｜tool▁calls▁begin｜>",), ModelFormat("deepseek_v3")),
         ('{{ tools }} "parameters": ', ("<|python_tag|>",), ModelFormat("llama3_json")),
         ("{{ tools }}", ("[TOOL_CALLS]",), ModelFormat("mistral")),
         ("", ("[THINK]", "[/THINK]"), ModelFormat("none", "mistral")),

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from services.frontend.parsers.formats import NONE, Parsing
+from services.frontend.parsers.sections import DEEPSEEK_V3, KIMI_K2, SectionFormat
 from tests.services.frontend.parsers.reading import (
     TOOL_NAMES,
     Answer,
@@ -29,6 +30,9 @@ PARSINGS = {
     "mistral": parsing("mistral"),
     "mistral+mistral": parsing("mistral", "mistral"),
     "gpt_oss": parsing("gpt_oss", "gpt_oss"),
+    "kimi_k2": parsing("kimi_k2"),
+    "deepseek_v3": parsing("deepseek_v3"),
+    "deepseek_v3+deepseek_r1": parsing("deepseek_v3", "deepseek_r1"),
     "qwen3_coder": parsing("qwen3_coder"),
     "qwen3_coder+qwen3": parsing("qwen3_coder", "qwen3"),
     "glm45": parsing("glm45"),
@@ -116,6 +120,13 @@ def written(format_name: str, answer: Meant, indent: int | None) -> str:
             ]
             messages.append(f"<|channel|>final<|message|>{answer.content}<|return|>")
             return "<|end|><|start|>assistant".join(messages)
+        case "kimi_k2":
+            kimi = [kimi_call(*call, number) for number, call in enumerate(calls)]
+            return answer.content + in_section(KIMI_K2, kimi)
+        case "deepseek_v3" | "deepseek_v3+deepseek_r1":
+            think = f"{answer.reasoning}\n</think>\n\n" if "+" in format_name else ""
+            deepseek = [deepseek_call(*call, is_later=indent is None) for call in calls]
+            return think + answer.content + in_section(DEEPSEEK_V3, deepseek)
         case "qwen3_coder" | "qwen3_coder+qwen3" | "glm45" | "glm45+qwen3":
             think = f"<think>\n{answer.reasoning}\n</think>\n\n" if "+" in format_name else ""
             write = qwen_call if "qwen3_coder" in format_name else glm_call
@@ -152,6 +163,23 @@ def glm_call(name: str, given: dict[str, object], indent: int | None) -> str:
         for key, value in given.items()
     ]
     return f"<tool_call>{name}\n{''.join(parameters)}</tool_call>"
+
+
+def in_section(marks: SectionFormat, calls: list[str]) -> str:
+    return marks.section + "\n".join(calls) + marks.section_end if calls else ""
+
+
+def kimi_call(name: str, given: str, number: int) -> str:
+    begin = f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>"
+    return f"{begin}{given}<|tool_call_end|>"
+
+
+def deepseek_call(name: str, given: str, *, is_later: bool = False) -> str:
+    """As V3 writes it, or as V3.1 does."""
+    if is_later:
+        return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{given}<｜tool▁call▁end｜>"
+    begin = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n"
+    return f"{begin}{given}\n```<｜tool▁call▁end｜>"
 
 
 def parsing_of(format_name: str, answer: Meant) -> Parsing:
@@ -228,6 +256,7 @@ MARKS = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "[THINK]",
     "[/THINK]", "<|python_tag|>", "<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>",
     '{"name": "get_weather", "arguments": ', '{"type": 1, ', '"arguments": 5, ',
+    *KIMI_K2.marks, *DEEPSEEK_V3.marks, "functions.get_time:0", "```",
     "<function=", "<function=get_weather>", "<parameter=", "<parameter=a>", "</parameter>",
     "</function>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ",

@@ -17,7 +17,13 @@ from vllm.tool_parsers import ToolParserManager
 class Vocabulary:
     """As much of a tokenizer as parsers ask for: that their marks are tokens."""
 
-    MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    MARKS = (
+        *("<think>", "</think>", "<tool_call>", "</tool_call>"),
+        *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
+        *("<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"),
+        *("<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    )
     chat_template = ""
     all_special_tokens = ()
     all_special_ids = ()
