@@ -32,7 +32,11 @@ def deployment(
         tmp_path_factory.mktemp("run"),
         engine="sim",
         model=tokenizer_folder,
-        flags={"decode_worker": timing, "prefill_worker": timing},
+        flags={
+            "decode_worker": timing,
+            "prefill_worker": timing,
+            "frontend": ("--response-store", "nats"),
+        },
         frontends=2,
         routers=2,
         envoy=True,
@@ -67,6 +71,42 @@ async def test_the_official_client_streams_through_envoy(deployment: Running) ->
         )
         usages = [chunk.usage async for chunk in chunks if chunk.usage]
     assert [usage.completion_tokens for usage in usages] == [12]
+
+
+async def test_a_conversation_goes_on_through_any_frontend_and_outlives_nats(
+    deployment: Running,
+) -> None:
+    def port(frontend: str) -> int:
+        return deployment.cluster.process(frontend).spec.ports["http"]
+
+    async def ask(frontend: str, **fields: object) -> httpx.Response:
+        body = {"model": deployment.model, "max_output_tokens": 4, "store": True, **fields}
+        url = f"http://127.0.0.1:{port(frontend)}/v1/responses"
+        async with httpx.AsyncClient(timeout=30) as client:
+            return await client.post(url, json=body)
+
+    one, other = FRONTENDS
+    first = await ask(one, input="My name is Ada.")
+    assert first.status_code == 200, first.text
+    second = await ask(other, input="And yours?", previous_response_id=first.json()["id"])
+    assert second.status_code == 200, second.text
+    assert second.json()["usage"]["input_tokens"] > first.json()["usage"]["input_tokens"]
+
+    deployment.cluster.kill("nats-0")
+    deployment.cluster.restart("nats-0", 20)
+    path = f"/v1/responses/{second.json()['id']}"
+    async with httpx.AsyncClient(base_url=deployment.url, timeout=30) as client:
+
+        async def is_back() -> bool:
+            return (await client.get(path)).status_code == 200
+
+        # Through Envoy, that is either frontend's: each finds its way back to NATS by itself.
+        for _ in range(4):
+            await eventually(is_back)
+        listed = (await client.get(f"{path}/input_items", params={"order": "asc"})).json()["data"]
+        assert [item["role"] for item in listed] == ["user", "assistant", "user"]
+        assert (await client.delete(path)).json()["deleted"] is True
+        assert (await client.get(path)).status_code == 404
 
 
 async def test_events_arrive_while_the_answer_is_made(deployment: Running) -> None:
