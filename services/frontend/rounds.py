@@ -20,8 +20,8 @@ SHORT_ROUND_SECONDS = 0.001
 LONGEST_REST_SECONDS = 0.05
 
 REST = 0.5
-"""Of the time that a round took. With 128 streams 1.0 delays tokens for no gain; with 512 streams 0.0
-loses a third of the throughput."""
+"""Of the time that a round took. With 128 streams 1.0 delays tokens for no gain; with 512 streams
+0.0 loses a third of the throughput."""
 
 
 def rest_seconds(took_seconds: float) -> float:
