@@ -52,6 +52,12 @@ class ContextTooLong(InvalidRequest):
     reason = "CONTEXT_TOO_LONG"
 
 
+class TaskNotSupported(InvalidRequest):
+    """The model does not do what was asked: it embeds and does not generate, or the reverse."""
+
+    reason = "TASK_NOT_SUPPORTED"
+
+
 class Unauthenticated(SwitchgearError):
     """An API key is asked for, and none or an unknown one was given."""
 
@@ -194,6 +200,7 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         InternalError,
         InvalidRequest,
         ContextTooLong,
+        TaskNotSupported,
         Unauthenticated,
         ModelNotAllowed,
         RoutingNotAllowed,

@@ -1,9 +1,9 @@
 """What a worker asks of an engine, and what it gets back.
 
-An engine computes prompts and generates tokens. It is told requests and cancellations, and reports
-through a sink: once for each engine step, with what all sequences produced in it, and whenever its
-KV cache changes. Everything happens on the event loop's thread; an engine with threads or processes
-of its own brings their results there first.
+An engine computes prompts and generates tokens, or pools prompts into vectors. It is told requests
+and cancellations, and reports through a sink: once for each engine step, with what all sequences
+produced in it, and whenever its KV cache changes. Everything happens on the event loop's thread; an
+engine with threads or processes of its own brings their results there first.
 """
 
 from __future__ import annotations
@@ -85,6 +85,22 @@ class LogprobOptions:
     prompt_alternatives: int | None = None
 
 
+class PoolingTask(Enum):
+    """What to make of a prompt instead of output. Values are those of
+    switchgear.common.v1.PoolingTask."""
+
+    EMBED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingOptions:
+    """As switchgear.common.v1.PoolingOptions."""
+
+    task: PoolingTask
+    dimensions: int | None = None
+    """Length of the vector; None is all of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSession:
     """Where a prefill engine keeps a computed prompt's KV. As switchgear.common.v1.KvSessionRef."""
@@ -125,13 +141,16 @@ class EngineRequest:
     kv_session: KvSession | None = None
     """For the decode leg. Checked by the engine just before it pulls; what can't be pulled in
     time is computed here."""
+    pooling: PoolingOptions | None = None
+    """None generates. With it nothing of output means anything, and the leg is WHOLE."""
     traceparent: str = ""
     """W3C trace context that the leg belongs to, for logs and spans; empty when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A sequence's prompt has been computed and its first token follows in the same step."""
+    """A sequence's prompt has been computed. Its first token, or what it was pooled into, follows
+    in the same step."""
 
     key: RequestKey
     cached_tokens: int
@@ -179,6 +198,15 @@ class Logprobs:
     logprobs: Sequence[float]
 
 
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """What a prompt was pooled into. Its finish is in the same step."""
+
+    key: RequestKey
+    values: bytes
+    """The vector, as 32-bit floats, little-endian."""
+
+
 @dataclass(slots=True)
 class Step:
     """What one engine step produced. `keys`, `counts` and `tokens` are columns: keys[i] got the
@@ -194,6 +222,7 @@ class Step:
     """Of the tokens of requests that asked for them, in the same order."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """Of prompts, from their second token on, in the step that starts them."""
+    pooled: list[Pooled] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +275,8 @@ class EngineInfo:
     transfer_backend: str
     """What KvSession.transfer_backend it gives and takes; empty for none."""
     publishes_kv_events: bool
+    pooling_tasks: tuple[PoolingTask, ...] = ()
+    """What it does with prompts; empty: it generates. No engine does both."""
 
 
 class EngineSink(Protocol):

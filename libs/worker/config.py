@@ -32,6 +32,10 @@ class WorkerSettings(NatsSettings):
     reasoning_parser: str = Field(default="auto", pattern=r"^[a-z0-9_]{1,32}$")
     """How the model writes reasoning, in the same way; with none it is part of the text."""
 
+    task: Literal["generate", "embed"] = "generate"
+    """What it does with prompts: generates, or embeds them, which decode workers can. Engines do
+    one of the two, and so do all workers of a model."""
+
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of weights and KV; auto takes the model's own."""
 
@@ -75,6 +79,9 @@ class WorkerSettings(NatsSettings):
 
     sim_kv_tokens: int = Field(default=524_288, ge=1024)
     """KV capacity of the simulator, in tokens."""
+
+    sim_embedding_dimensions: int = Field(default=384, ge=1)
+    """Length of the simulator's vectors, with `task` embed."""
 
     @property
     def model_name(self) -> str:

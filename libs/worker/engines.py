@@ -8,7 +8,8 @@ from libs.worker.config import WorkerSettings
 
 
 def make_engine(settings: WorkerSettings, leg: Leg) -> Engine:
-    """An engine that has not started. `leg` is what the worker is for: PREFILL or DECODE.
+    """An engine that has not started. `leg` is what the worker is for: PREFILL, DECODE, or WHOLE
+    for what needs no other worker's KV.
 
     Raises ConfigError for settings that do not go together. The imports are here so that a
     simulated worker needs no vLLM, and a real one loads no simulator.
@@ -38,6 +39,9 @@ def _sim(settings: WorkerSettings) -> Engine:
             kv_lease_seconds=settings.kv_lease_seconds,
             transfer_host=settings.reachable_host,
             transfer_port=settings.nixl_port,
+            embedding_dimensions=(
+                settings.sim_embedding_dimensions if settings.task == "embed" else 0
+            ),
         )
     )
 
@@ -50,6 +54,7 @@ def _vllm(settings: WorkerSettings, leg: Leg) -> Engine:
         VllmSettings(
             model=settings.model,
             leg=leg,
+            task=settings.task,
             dtype=settings.dtype,
             block_size_tokens=settings.block_size_tokens or None,
             max_model_len_tokens=settings.max_model_len_tokens or None,

@@ -195,6 +195,9 @@ class EngineHost:
         for found in step.prompt_logprobs:
             if (live := live_of.get(found.key)) is not None:
                 live.session.found_prompt_logprobs(live.handle, found)
+        for pooled in step.pooled:
+            if (live := live_of.get(pooled.key)) is not None:
+                live.session.pooled(live.handle, pooled)
         for finish in step.finishes:
             if (live := self._forget(finish.key)) is not None:
                 live.session.finished(live.handle, finish)

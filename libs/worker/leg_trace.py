@@ -49,7 +49,9 @@ class LegTrace:
         now_ns = time.time_ns()
         if (start := self._start) is not None:
             self._end_prompt(start.queue_seconds, start.transfer_seconds, self._started_at_ns)
-            self._span.child("generate", began_at_ns=self._started_at_ns).end(ended_at_ns=now_ns)
+            if self._request.pooling is None:
+                generating = self._span.child("generate", began_at_ns=self._started_at_ns)
+                generating.end(ended_at_ns=now_ns)
             facts["gen_ai.usage.cache_read.input_tokens"] = start.cached_tokens
             facts["switchgear.transferred_tokens"] = start.transferred_tokens
         self._end(now_ns, facts, error)
@@ -62,7 +64,8 @@ class LegTrace:
                 until_ns = min(since_ns + int(seconds * 1e9), ended_at_ns)
                 span.child(name, began_at_ns=since_ns).end(ended_at_ns=until_ns)
                 since_ns = until_ns
-        span.child("first token", began_at_ns=since_ns).end(ended_at_ns=ended_at_ns)
+        name = "first token" if self._request.pooling is None else "prompt"
+        span.child(name, began_at_ns=since_ns).end(ended_at_ns=ended_at_ns)
 
     def _end(self, now_ns: int, facts: dict[str, Value], error: str = "") -> None:
         facts["gen_ai.response.id"] = self._request.request_id
@@ -72,5 +75,6 @@ class LegTrace:
 
 def follow(request: EngineRequest) -> LegTrace | None:
     """The trace of a leg that has just come; None when it is not sampled."""
-    span = tracing.follow(request.traceparent, _NAMES[request.leg])
+    name = _NAMES[request.leg] if request.pooling is None else "embed"
+    span = tracing.follow(request.traceparent, name)
     return None if span is None else LegTrace(span, request)

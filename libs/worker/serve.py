@@ -18,6 +18,7 @@ from libs.common.service import offering, until_idle
 from libs.common.tasks import background
 from libs.engine.interface import EngineInfo, Leg
 from libs.worker.config import WorkerSettings
+from libs.worker.core import wire
 from libs.worker.core.wire import Limits
 from libs.worker.engines import make_engine
 from libs.worker.host import EngineHost
@@ -41,6 +42,9 @@ MODEL_FILES = (
 )
 """What frontends may need. Absent ones are left out; tokenizer.json must be there."""
 
+_MAIN_LEGS = (Leg.PREFILL, Leg.DECODE, Leg.WHOLE)
+"""The first of these that a worker runs is what its engine is for."""
+
 AddPlainService = Callable[[EngineHost, grpc.aio.Server], None]
 
 
@@ -59,10 +63,15 @@ async def serve_worker(
 ) -> None:
     """Serves until told to stop, then lets running requests finish.
 
-    Raises ConfigError for a model folder that can't be served, and EngineDied.
+    Raises ConfigError for a model folder that can't be served, or a task that is not for this
+    worker, and EngineDied.
     """
+    if settings.task != "generate":
+        if Leg.WHOLE not in legs:
+            raise ConfigError(f"--task {settings.task} is for decode workers")
+        legs = frozenset({Leg.WHOLE})
     files = await asyncio.to_thread(read_model_files, settings.model)
-    engine = make_engine(settings, Leg.PREFILL if Leg.PREFILL in legs else Leg.DECODE)
+    engine = make_engine(settings, next(leg for leg in _MAIN_LEGS if leg in legs))
     discovery = Discovery(settings.etcd_url, settings.namespace)
     instance_id = new_instance_id()
     host = EngineHost(engine, max_waiting_requests=settings.max_waiting_requests)
@@ -178,4 +187,5 @@ def _card(
         created_unix_seconds=int(time.time()),
         tool_parser=settings.tool_parser,
         reasoning_parser=settings.reasoning_parser,
+        pooling_tasks=map(wire.pooling_task, info.pooling_tasks),
     )

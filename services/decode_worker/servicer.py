@@ -43,6 +43,8 @@ class DecodeWorkerServicer(decode_worker_pb2_grpc.DecodeWorkerServiceServicer):
                 response.logprobs.CopyFrom(outputs.logprobs)
             if outputs.HasField("prompt_logprobs"):
                 response.prompt_logprobs.CopyFrom(outputs.prompt_logprobs)
+            for pooled in outputs.pooled:
+                response.pooled.CopyFrom(pooled)
             for finish in outputs.finishes:
                 response.finish_reason = finish.reason
             if response.token_ids or response.finish_reason:

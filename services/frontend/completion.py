@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from libs.common import grpc_errors, logs, tracing
+from libs.common import tracing
 from libs.common.errors import InternalError, SwitchgearError
 from libs.common.hashing import sequence_hashes
 from services.frontend.access import Reservation
@@ -17,19 +17,14 @@ from services.frontend.core.logprobs import LogprobLedger, Position, TokenLogpro
 from services.frontend.core.stop_strings import StopMatcher
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import ServedModel
+from services.frontend.recovery import recovered
 from services.frontend.request_trace import RequestTrace
 from services.frontend.router_session import Inbox, RouterSessions
 from switchgear.common.v1 import generation_pb2, routing_pb2
 from switchgear.router.v1 import router_pb2
 
-log = logs.get(__name__)
-
 LONG_PROMPT_TOKENS = 16_384
 """Hashing and serialising more than this takes milliseconds, which belong in a thread."""
-
-HOP_MARGIN_SECONDS = 0.25
-"""What the next hop gets less, so that its error arrives before our own deadline; at most a tenth
-of the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,21 +182,14 @@ class Completion:
             self._inbox = None
 
     async def _recover(self, error: SwitchgearError, failed_instance_id: int) -> None:
-        pause_seconds = self._attempts.pause_after(error, failed_instance_id)
-        if pause_seconds is None:
+        if not await recovered(
+            self._attempts,
+            error,
+            failed_instance_id,
+            self._metrics.migrations.labels(self.request.model.name, error.reason),
+            tracing.log_ids(self.request.request_id, self.request.traceparent),
+        ):
             self._failure = error
-            return
-        self._metrics.migrations.labels(self.request.model.name, error.reason).inc()
-        log.info(
-            "request migrates",
-            **tracing.log_ids(self.request.request_id, self.request.traceparent),
-            reason=error.reason,
-            error=error.message,
-            failed_instance_id=f"{failed_instance_id:016x}",
-            produced_tokens=self.completion_tokens,
-        )
-        if pause_seconds:
-            await asyncio.sleep(pause_seconds)
 
     async def _submit(self) -> Inbox:
         trace = self.request.trace
@@ -210,12 +198,12 @@ class Completion:
             routing, generation = await asyncio.to_thread(self._commands, traceparent)
         else:
             routing, generation = self._commands(traceparent)
-        if not self._sessions.is_connected:
-            await self._sessions.wait_connected(self._attempts.policy.patience_seconds)
-        left_seconds = self.request.deadline - self._loop.time()
-        margin_seconds = min(HOP_MARGIN_SECONDS, left_seconds / 10)
-        routing.timeout.CopyFrom(grpc_errors.duration_of(left_seconds - margin_seconds))
-        return self._sessions.submit(routing, generation)
+        return await self._sessions.submit_in_time(
+            routing,
+            generation,
+            deadline=self.request.deadline,
+            patience_seconds=self._attempts.policy.patience_seconds,
+        )
 
     def _commands(self, traceparent: str) -> tuple[router_pb2.RoutingRequest, bytes]:
         request, attempts = self.request, self._attempts

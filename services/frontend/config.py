@@ -56,6 +56,10 @@ class FrontendSettings(NatsSettings):
     max_choices: int = Field(default=128, ge=1)
     """Choices in one answer: prompts times n. Each is a request to the workers."""
 
+    max_parallel_inputs: int = Field(default=64, ge=1)
+    """Inputs of one embeddings call that are with the workers at the same time. More finish a large
+    call sooner and make others wait longer."""
+
     sse_keep_alive_seconds: float = Field(default=15.0, ge=0)
     """After so long without an event a stream gets a comment, so that no proxy takes it for dead; 0
     sends none. A stream that has nothing to say by then starts with one: its status is 200 from

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from libs.common import logs
 from libs.common.discovery import Table
-from libs.common.errors import ModelNotFound, NoLiveInstance
+from libs.common.errors import ModelNotFound, NoLiveInstance, TaskNotSupported
 from libs.common.tasks import background
 from services.frontend.core.model_table import KnownModel, known_models
 from services.frontend.model_files import ModelFileStore
 from services.frontend.parsers.formats import ModelFormat, chosen
 from services.frontend.tokenizer import ModelTokenizer
+from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
 
 log = logs.get(__name__)
@@ -32,6 +33,22 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.facts.name
+
+    def check_generates(self) -> None:
+        """Raises TaskNotSupported."""
+        if self.facts.pooling_tasks:
+            raise TaskNotSupported(
+                f"The model '{self.name}' only supports embeddings and does not generate text",
+                param="model",
+            )
+
+    def check_embeds(self) -> None:
+        """Raises TaskNotSupported."""
+        if generation_pb2.POOLING_TASK_EMBED not in self.facts.pooling_tasks:
+            raise TaskNotSupported(
+                f"The model '{self.name}' generates text and does not support embeddings",
+                param="model",
+            )
 
     @property
     def format(self) -> ModelFormat:

@@ -25,6 +25,7 @@ from services.frontend.chat_template import Chat
 from services.frontend.completion import LONG_PROMPT_TOKENS, Completion, TextRequest
 from services.frontend.config import FrontendSettings
 from services.frontend.core.attempt import MigrationPolicy
+from services.frontend.embedding import Embedding, EmbeddingRequest
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import Models, ServedModel
 from services.frontend.router_session import RouterSessions
@@ -43,6 +44,23 @@ Prompt: TypeAlias = str | Chat | list[int]
 """A plain text, a conversation for the chat template, or token ids."""
 
 PromptT = TypeVar("PromptT", str, Chat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOptions:
+    """How to embed, in the caller's terms."""
+
+    input_param: str = "input"
+    """What the caller's API calls the inputs, for errors."""
+    dimensions: int | None = None
+    truncate_tokens: int | None = None
+    """Longer inputs keep so many tokens; -1: as many as the context has. None refuses them."""
+    truncate_param: str = "truncate_prompt_tokens"
+    truncation_side: str | None = None
+    """Where longer inputs are cut, `left` or `right`; None: as the model's tokenizer has it."""
+    adds_special_tokens: bool = True
+    cache_salt: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +88,7 @@ class GenerationOptions:
 
 
 class Pipeline:
-    """Admission, tokenising, limits, and the start of completions."""
+    """Admission, tokenising, limits, and the start of completions and embeddings."""
 
     def __init__(
         self,
@@ -171,6 +189,100 @@ class Pipeline:
                 return _checked(prompt, tokenizer.vocabulary_tokens)
             case _:
                 assert_never(prompt)
+
+    async def tokenise_inputs(
+        self, model: ServedModel, inputs: Sequence[Prompt], options: EmbeddingOptions
+    ) -> list[list[int]]:
+        """Tokens of each input, cut where that is asked for. Raises InvalidRequest."""
+        context_tokens = model.facts.context_length_tokens
+        most_tokens = options.truncate_tokens
+        if most_tokens is not None and most_tokens > context_tokens:
+            raise InvalidRequest(
+                f"{options.truncate_param} must be at most the context of {context_tokens} "
+                f"tokens, got {most_tokens}",
+                param=options.truncate_param,
+            )
+        if most_tokens == -1:
+            most_tokens = context_tokens
+        tokenizer = model.tokenizer
+        side = options.truncation_side or tokenizer.truncation_side
+
+        def cut(token_ids: list[int]) -> list[int]:
+            if most_tokens is None or len(token_ids) <= most_tokens:
+                return token_ids
+            return token_ids[-most_tokens:] if side == "left" else token_ids[:most_tokens]
+
+        def tokens_of(prompt: Prompt) -> list[int]:
+            match prompt:
+                case str():
+                    token_ids = tokenizer.encode(
+                        prompt, adds_special_tokens=options.adds_special_tokens
+                    )
+                    if most_tokens is None or len(token_ids) <= most_tokens:
+                        return token_ids
+                    return tokenizer.encode_cut(
+                        prompt, most_tokens, side, adds_special_tokens=options.adds_special_tokens
+                    )
+                case Chat():
+                    return cut(tokenizer.encode_chat(prompt))
+                case list():
+                    return cut(_checked(prompt, tokenizer.vocabulary_tokens, options.input_param))
+                case _:
+                    assert_never(prompt)
+
+        def all_tokens() -> list[list[int]]:
+            return [tokens_of(prompt) for prompt in inputs]
+
+        characters = sum(len(p) if not isinstance(p, Chat) else p.characters for p in inputs)
+        if characters > LONG_PROMPT_CHARACTERS:
+            return await asyncio.to_thread(all_tokens)
+        return all_tokens()
+
+    def start_embedding(
+        self,
+        request_id: str,
+        model: ServedModel,
+        inputs: Sequence[list[int]],
+        options: EmbeddingOptions,
+        *,
+        caller: Caller,
+        traceparent: str,
+        routing: routing_pb2.RoutingOptions | None = None,
+        accepted_at: float,
+        deadline: float,
+    ) -> Embedding:
+        """An embeddings call to run; nothing is sent before that.
+
+        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, and TokensLimited
+        when the caller has not enough left for all inputs.
+        """
+        context_tokens = model.facts.context_length_tokens
+        for index, token_ids in enumerate(inputs):
+            param = options.input_param if len(inputs) == 1 else f"{options.input_param}[{index}]"
+            if not token_ids:
+                raise InvalidRequest(f"{param} is empty", param=param)
+            if len(token_ids) > context_tokens:
+                raise ContextTooLong(
+                    f"This model's maximum context length is {context_tokens} tokens. {param} has "
+                    f"{len(token_ids)}",
+                    param=param,
+                )
+        request = EmbeddingRequest(
+            request_id=request_id,
+            model=model,
+            inputs=inputs,
+            dimensions=options.dimensions,
+            cache_salt=caller.cache_salt(options.cache_salt),
+            priority=caller.priority(options.priority),
+            reservation=caller.reserve(sum(map(len, inputs))),
+            traceparent=traceparent if tracing.is_valid(traceparent) else "",
+            trace_sample_ratio=self.settings.trace_sample_ratio,
+            routing=caller.routing(routing),
+            max_parallel_inputs=self.settings.max_parallel_inputs,
+            accepted_at=accepted_at,
+            deadline=deadline,
+        )
+        return Embedding(request, self.sessions, self._policy, self.metrics)
 
     async def texts(
         self, model: ServedModel, token_ids: list[int], *, keeps_special_tokens: bool

@@ -19,9 +19,15 @@ from switchgear.common.v1 import generation_pb2
 
 if TYPE_CHECKING:
     from services.frontend.completion import Completion
+    from services.frontend.embedding import EmbeddingRequest
     from services.frontend.router_session import Inbox
 
-_OPERATIONS = {"chatcmpl": "chat", "cmpl": "text_completion"}
+_OPERATIONS = {
+    "chatcmpl": "chat",
+    "cmpl": "text_completion",
+    "embd": "embeddings",
+    "pool": "embeddings",
+}
 _ID = re.compile(r"[0-9a-f]{32}")
 _REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -71,16 +77,34 @@ class RequestTrace:
 
     def end(self, completion: Completion, error: BaseException | None) -> None:
         """The request is over: well, with an error, or because nobody wants it any more."""
+        self._end(self._facts(completion), error, completion.request.deadline)
+
+    def end_embedding(
+        self, request: EmbeddingRequest, request_id: str, index: int, error: BaseException | None
+    ) -> None:
+        """The same for one input of an embeddings call."""
+        facts: dict[str, Value] = {
+            "gen_ai.operation.name": self._operation,
+            "gen_ai.provider.name": "switchgear",
+            "gen_ai.request.model": request.model.name,
+            "gen_ai.response.id": request_id,
+            "gen_ai.response.model": request.model.name,
+            "gen_ai.usage.input_tokens": len(request.inputs[index]),
+            "switchgear.attempts": self._attempts,
+        }
+        self._end(facts, error, request.deadline)
+
+    def _end(self, facts: dict[str, Value], error: BaseException | None, deadline: float) -> None:
         reason = ""
         if isinstance(error, SwitchgearError):
             reason = error.reason
         elif isinstance(error, Exception) and not isinstance(error, ClientLeft):
             reason = InternalError.reason
         elif error is not None:
-            is_late = asyncio.get_running_loop().time() >= completion.request.deadline
+            is_late = asyncio.get_running_loop().time() >= deadline
             reason = DeadlineExceeded.reason if is_late else "CANCELLED"
         self.attempt_ended(error=reason)
-        self._span.end(self._facts(completion), error=reason)
+        self._span.end(facts, error=reason)
 
     def _facts(self, completion: Completion) -> dict[str, Value]:
         request = completion.request

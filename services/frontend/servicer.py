@@ -15,7 +15,9 @@ from services.frontend.access import ANYONE, Caller
 from services.frontend.chat_template import Chat
 from services.frontend.completion import Completion, running
 from services.frontend.core.logprobs import TokenLogprobs
+from services.frontend.embedding import MAX_INPUTS, floats_of
 from services.frontend.pipeline import (
+    EmbeddingOptions,
     GenerationOptions,
     Pipeline,
     Prompt,
@@ -54,6 +56,13 @@ class InferenceServicer(InferenceServiceServicer):
         with self._counted("generate", request.model):
             await self._generate(request, context)
 
+    def _times(self, context: grpc.aio.ServicerContext[Any, Any]) -> tuple[float, float]:
+        """When a call was accepted, and its deadline, in the event loop's time."""
+        accepted_at = asyncio.get_running_loop().time()
+        left_seconds = context.time_remaining()
+        limit_seconds = self._pipeline.settings.request_timeout_seconds
+        return accepted_at, accepted_at + min(limit_seconds, left_seconds or limit_seconds)
+
     @contextmanager
     def _counted(self, endpoint: str, asked_model: str) -> Iterator[None]:
         status = grpc.StatusCode.CANCELLED
@@ -80,12 +89,10 @@ class InferenceServicer(InferenceServiceServicer):
         pipeline = self._pipeline
         caller = _caller(pipeline, context)
         options = _options(request)
-        accepted_at = asyncio.get_running_loop().time()
-        left_seconds = context.time_remaining()
-        limit_seconds = pipeline.settings.request_timeout_seconds
-        deadline = accepted_at + min(limit_seconds, left_seconds or limit_seconds)
+        accepted_at, deadline = self._times(context)
         with pipeline.admitted(caller), Watch(deadline):
             model = pipeline.model_for(caller, request.model)
+            model.check_generates()
             completion = pipeline.start(
                 new_request_id("gen"),
                 model,
@@ -112,6 +119,37 @@ class InferenceServicer(InferenceServiceServicer):
                 response.usage.cached_tokens = completion.cached_tokens
                 await context.write(response)
 
+    async def Embed(
+        self,
+        request: inference_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext[inference_pb2.EmbedRequest, inference_pb2.EmbedResponse],
+    ) -> inference_pb2.EmbedResponse:
+        pipeline = self._pipeline
+        with self._counted("embed", request.model):
+            caller = _caller(pipeline, context)
+            inputs, options = _inputs(request), _embedding_options(request)
+            accepted_at, deadline = self._times(context)
+            with pipeline.admitted(caller), Watch(deadline):
+                model = pipeline.model_for(caller, request.model)
+                model.check_embeds()
+                embedding = pipeline.start_embedding(
+                    new_request_id("embd"),
+                    model,
+                    await pipeline.tokenise_inputs(model, inputs, options),
+                    options,
+                    caller=caller,
+                    traceparent=_traceparent(context),
+                    routing=request.routing if request.HasField("routing") else None,
+                    accepted_at=accepted_at,
+                    deadline=deadline,
+                )
+                response = inference_pb2.EmbedResponse()
+                for vector in await embedding.run():
+                    response.embeddings.add(values=floats_of(vector))
+                response.usage.prompt_tokens = embedding.prompt_tokens
+                response.usage.cached_tokens = embedding.cached_tokens
+                return response
+
     async def ListModels(
         self,
         request: inference_pb2.ListModelsRequest,
@@ -123,7 +161,9 @@ class InferenceServicer(InferenceServiceServicer):
         return inference_pb2.ListModelsResponse(
             models=[
                 inference_pb2.Model(
-                    model=model.name, context_length_tokens=model.facts.context_length_tokens
+                    model=model.name,
+                    context_length_tokens=model.facts.context_length_tokens,
+                    pooling_tasks=model.facts.pooling_tasks,
                 )
                 for model in self._pipeline.models.served()
                 if caller.may_use(model.name, *model.facts.aliases)
@@ -188,6 +228,31 @@ def _prompt(
             return list(request.token_ids.token_ids)
         case _:
             raise InvalidRequest("prompt is missing", param="prompt")
+
+
+def _inputs(request: inference_pb2.EmbedRequest) -> list[Prompt]:
+    if not 1 <= len(request.inputs) <= MAX_INPUTS:
+        raise InvalidRequest(
+            f"inputs must be 1 to {MAX_INPUTS}, got {len(request.inputs)}", param="inputs"
+        )
+    return [
+        one.text if one.WhichOneof("input") == "text" else list(one.token_ids.token_ids)
+        for one in request.inputs
+    ]
+
+
+def _embedding_options(request: inference_pb2.EmbedRequest) -> EmbeddingOptions:
+    for name in ("dimensions", "truncate_tokens"):
+        if request.HasField(name) and not getattr(request, name):
+            raise InvalidRequest(f"{name} must be at least 1", param=name)
+    return EmbeddingOptions(
+        input_param="inputs",
+        dimensions=request.dimensions if request.HasField("dimensions") else None,
+        truncate_tokens=request.truncate_tokens if request.HasField("truncate_tokens") else None,
+        truncate_param="truncate_tokens",
+        cache_salt=request.kv.cache_salt,
+        priority=request.priority,
+    )
 
 
 def _options(request: inference_pb2.GenerateRequest) -> GenerationOptions:

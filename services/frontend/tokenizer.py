@@ -53,6 +53,8 @@ class ModelTokenizer:
         bos = config.get("bos_token")
         text = bos.get("content") if isinstance(bos, dict) else bos
         self._bos_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        self.truncation_side = "left" if config.get("truncation_side") == "left" else "right"
+        """Where the model wants texts to be cut that are too long."""
         self.vocabulary_tokens: int = self._tokenizer.get_vocab_size()
         self._token_bytes: dict[int, bytes] = {}
         """As far as they were asked for."""
@@ -73,11 +75,26 @@ class ModelTokenizer:
         # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
         # nobody.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=True)
-        token_ids: list[int] = encoding.ids
+        return self._with_one_bos(encoding.ids)
+
+    def _with_one_bos(self, token_ids: list[int]) -> list[int]:
         # A prompt that already starts with the token would otherwise have it twice.
         if self._bos_id is not None and token_ids[:2] == [self._bos_id, self._bos_id]:
             return token_ids[1:]
         return token_ids
+
+    def encode_cut(
+        self, text: str, most_tokens: int, side: str, *, adds_special_tokens: bool = True
+    ) -> list[int]:
+        """As `encode`, of as much of the text as fits into so many tokens. `side` is where the rest
+        is cut off, `left` or `right`; special tokens stay, and may be more than that."""
+        room_tokens = most_tokens
+        if adds_special_tokens:
+            room_tokens -= self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        encoding.truncate(max(0, room_tokens), direction=side)
+        whole = self._tokenizer.post_process(encoding, add_special_tokens=adds_special_tokens)
+        return self._with_one_bos(whole.ids)
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Tokens of a conversation. The template writes the special tokens itself.

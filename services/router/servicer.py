@@ -149,11 +149,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             model=generation.model,
             prompt_tokens=len(generation.token_ids),
             block_size_tokens=block_size,
-            keeps_prompt_local=generation.logprobs.HasField("prompt_alternatives"),
+            keeps_prompt_local=(
+                generation.logprobs.HasField("prompt_alternatives")
+                or generation.HasField("pooling")
+            ),
             options=request.options if request.HasField("options") else None,
             traceparent=generation.traceparent,
         )
-        if block_size and not routing.keeps_prompt_local:
+        if block_size and not generation.logprobs.HasField("prompt_alternatives"):
             routing.sequence_hashes.extend(
                 hashing.sequence_hashes(
                     generation.token_ids, block_size, cache_salt=generation.kv.cache_salt
@@ -238,6 +241,7 @@ def _responses(message: router_pb2.SessionResponse) -> list[router_pb2.GenerateR
                     prompt_logprobs=(
                         outputs.prompt_logprobs if outputs.HasField("prompt_logprobs") else None
                     ),
+                    pooled=outputs.pooled[0] if outputs.pooled else None,
                 )
             )
     return responses

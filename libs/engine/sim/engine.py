@@ -15,6 +15,7 @@ from libs.engine.interface import (
     EngineLoad,
     EngineRequest,
     EngineSink,
+    PoolingTask,
     RequestKey,
     TransferCounters,
 )
@@ -62,6 +63,7 @@ class SimEngine(Engine):
             max_running_requests=limits.max_running_requests,
             transfer_backend=TRANSFER_BACKEND,
             publishes_kv_events=True,
+            pooling_tasks=(PoolingTask.EMBED,) if limits.embedding_dimensions else (),
         )
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:

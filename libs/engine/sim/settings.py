@@ -42,6 +42,8 @@ class SimSettings:
     """Bound, and told to other engines; never a wildcard."""
     transfer_port: int = 0
     """0 is any free one."""
+    embedding_dimensions: int = 0
+    """Length of the vectors that it embeds prompts into; 0 generates."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -53,7 +55,7 @@ class SimSettings:
             "kv_lease_seconds",
         ):
             self._require(name, getattr(self, name) > 0, "be above 0")
-        for name in ("step_ms", "kv_bytes_per_token"):
+        for name in ("step_ms", "kv_bytes_per_token", "embedding_dimensions"):
             self._require(name, getattr(self, name) >= 0, "be 0 or more")
         self._require(
             "kv_cache_tokens", self.kv_cache_tokens >= self.block_size_tokens, "hold a block"
@@ -91,6 +93,7 @@ class SimSettings:
             max_running_requests=self.max_running_requests,
             chunk_tokens=self.chunk_tokens,
             kv_lease_seconds=self.kv_lease_seconds,
+            embedding_dimensions=self.embedding_dimensions,
         )
 
     @property

@@ -23,6 +23,7 @@ from libs.engine.interface import (
     FinishReason,
     Leg,
     LogprobOptions,
+    Pooled,
     Prefilled,
     RequestKey,
     Start,
@@ -220,12 +221,16 @@ class VllmEngine(Engine):
         if self._by_vllm_id.get(vllm_id) is not running:
             return  # Cancelled before its turn.
         request = running.request
-        if request.leg is Leg.PREFILL:
+        add = vllm.add
+        if request.pooling is not None:
+            add = vllm.add_pooling
+            arguments = requests.pooling_arguments(request.pooling)
+        elif request.leg is Leg.PREFILL:
             arguments = requests.prefill_arguments()
         else:
             arguments = requests.sampling_arguments(request, running.pull)
         try:
-            await vllm.add(vllm_id, request.prompt, request.cache_salt, request.priority, arguments)
+            await add(vllm_id, request.prompt, request.cache_salt, request.priority, arguments)
         except InvalidRequest as error:
             if self._by_vllm_id.get(vllm_id) is running:
                 self._forget(running)
@@ -239,7 +244,9 @@ class VllmEngine(Engine):
             running = self._by_vllm_id.get(vllm_id)
             if running is None:
                 continue
-            if running.request.leg is Leg.PREFILL:
+            if running.request.pooling is not None:
+                self._pooled(step, running, output)
+            elif running.request.leg is Leg.PREFILL:
                 self._prefilled(step, running, output, step_at_seconds)
             else:
                 self._produced(step, running, output)
@@ -258,6 +265,16 @@ class VllmEngine(Engine):
         if output.finish_reason is not None:
             self._forget(running)
             step.finishes.append(_finish(key, output))
+
+    def _pooled(self, step: Step, running: _Running, output: Any) -> None:
+        if output.finish_reason is None:
+            return
+        key = running.request.key
+        if output.pooling_output is not None:
+            step.starts.append(self._start(running, output))
+            step.pooled.append(Pooled(key, requests.pooled_values(output.pooling_output)))
+        self._forget(running)
+        step.finishes.append(_finish(key, output))
 
     @staticmethod
     def _find_logprobs(step: Step, key: RequestKey, asked: LogprobOptions, output: Any) -> None:

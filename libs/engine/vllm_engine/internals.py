@@ -47,7 +47,7 @@ def check() -> None:
     wanted = {
         EngineCoreOutput: (
             "request_id new_token_ids finish_reason kv_transfer_params prefill_stats "
-            "new_logprobs new_prompt_logprobs_tensors events"
+            "new_logprobs new_prompt_logprobs_tensors events pooling_output"
         ),
         LogprobsLists: "logprob_token_ids logprobs",
         LogprobsTensors: "logprob_token_ids logprobs",

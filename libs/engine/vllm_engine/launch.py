@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from libs.common import logs
+from libs.common.config import ConfigError
 from libs.common.errors import InvalidRequest
-from libs.engine.interface import EngineInfo, EngineKvEvent, Leg
+from libs.engine.interface import EngineInfo, EngineKvEvent, Leg, PoolingTask
 from libs.engine.vllm_engine import kv_stream
 from libs.engine.vllm_engine.port import OnOutputs, OverduePull, StepStats, Vllm
 from libs.engine.vllm_engine.requests import RELEASE, TRANSFER_BACKEND
@@ -43,11 +44,19 @@ async def load(settings: VllmSettings) -> Vllm:
     thread = _VllmThread(settings, folder, stats)
     try:
         llm = await thread.load()
+        if settings.task != "generate":
+            await _check_task(llm, settings.task)
     except BaseException:
         thread.stop()
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return _LoadedVllm(llm, thread, folder, stats, settings)
+
+
+async def _check_task(llm: Any, task: str) -> None:
+    tasks = await llm.get_supported_tasks()
+    if task not in tasks:
+        raise ConfigError(f"the model can't {task}; what vLLM can do with it: {', '.join(tasks)}")
 
 
 class _LoadedVllm(Vllm):
@@ -66,6 +75,7 @@ class _LoadedVllm(Vllm):
             max_running_requests=config.scheduler_config.max_num_seqs,
             transfer_backend="" if settings.leg is Leg.WHOLE else TRANSFER_BACKEND,
             publishes_kv_events=True,
+            pooling_tasks=(PoolingTask.EMBED,) if settings.task == "embed" else (),
         )
 
     def run(self, on_outputs: OnOutputs) -> asyncio.Task[None]:
@@ -105,6 +115,31 @@ class _LoadedVllm(Vllm):
             if param is None and constraint is not None:
                 param = "constraint"
             raise InvalidRequest(str(error), param=param) from error
+
+    async def add_pooling(
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        from vllm import PoolingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+
+        try:
+            await self._llm.add_request(
+                vllm_id,
+                tokens_input(list(prompt), cache_salt=cache_salt or None),
+                PoolingParams(**arguments),
+                priority=priority,
+            )
+        except (VLLMClientError, ValueError) as error:
+            param = "dimensions" if arguments["dimensions"] is not None else None
+            # The name that it knows is a folder of this machine.
+            name = f"Model {self._llm.model_config.served_model_name!r}"
+            raise InvalidRequest(str(error).replace(name, "The model"), param=param) from error
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         await self._llm.abort(vllm_ids)
@@ -255,6 +290,12 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
     }
     if settings.device_memory_fraction is not None:
         arguments["gpu_memory_utilization"] = settings.device_memory_fraction
+    if settings.task != "generate":
+        arguments |= {
+            "runner": "pooling",
+            # vLLM's own choice: no use for models that look both ways, or take the mean.
+            "enable_prefix_caching": None,
+        }
     if settings.leg in _ROLES:
         arguments["worker_extension_cls"] = f"{_PACKAGE}.connector.PullReport"
         arguments["kv_transfer_config"] = KVTransferConfig(

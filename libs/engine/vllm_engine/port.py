@@ -61,6 +61,20 @@ class Vllm(ABC):
         """
 
     @abstractmethod
+    async def add_pooling(
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        """Adds a request to pool a prompt, as `requests.pooling_arguments` says.
+
+        Raises InvalidRequest for what vLLM does not accept.
+        """
+
+    @abstractmethod
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         """Aborts requests; nothing more is reported of them. Unknown ids are ignored."""
 

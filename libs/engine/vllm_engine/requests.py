@@ -18,6 +18,7 @@ from libs.engine.interface import (
     Language,
     Logprobs,
     OutputConstraint,
+    PoolingOptions,
     RequestKey,
     Sampling,
 )
@@ -139,6 +140,11 @@ def prefill_arguments() -> dict[str, Any]:
     }
 
 
+def pooling_arguments(pooling: PoolingOptions) -> dict[str, Any]:
+    """Arguments of vLLM's PoolingParams."""
+    return {"task": pooling.task.name.lower(), "dimensions": pooling.dimensions}
+
+
 def _given(sampling: Sampling) -> dict[str, Any]:
     fields = (
         "temperature",
@@ -194,3 +200,9 @@ def logprobs_of(key: RequestKey, columns: Any, alternatives: int) -> Logprobs:
         columns.logprob_token_ids[:, :width].flatten().tolist(),
         columns.logprobs[:, :width].flatten().tolist(),
     )
+
+
+def pooled_values(tensor: Any) -> bytes:
+    """A vector of vLLM's, of whatever precision, as 32-bit floats, little-endian."""
+    values: bytes = tensor.float().numpy().astype("<f4").tobytes()
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from libs.engine.interface import Leg
 
@@ -21,6 +22,9 @@ class VllmSettings:
     leg: Leg
     """PREFILL keeps computed KV for others to pull; DECODE pulls, and serves whole requests too;
     WHOLE does without NIXL."""
+    task: Literal["generate", "embed"] = "generate"
+    """Any model that generates can embed, too: its answer is the last token's hidden state, unless
+    the model's files say otherwise. With embed the leg is WHOLE."""
     dtype: str = "auto"
     block_size_tokens: int | None = None
     """32 on CPUs, where it must be a multiple of 32, and 16 elsewhere."""

@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from libs.common import grpc_errors
 from libs.common.credit import Credit
 from libs.common.errors import ProtocolViolation, SwitchgearError
-from libs.engine.interface import EngineLoad, Finish, Logprobs, Prefilled, RequestKey, Start
+from libs.engine.interface import (
+    EngineLoad,
+    Finish,
+    Logprobs,
+    Pooled,
+    Prefilled,
+    RequestKey,
+    Start,
+)
 from libs.worker.core import wire
 from switchgear.common.v1 import outputs_pb2
 from switchgear.worker.v1 import worker_pb2
@@ -45,6 +53,7 @@ class Session:
         self._tokens: list[int] = []
         self._starts: list[outputs_pb2.SequenceStart] = []
         self._finishes: list[outputs_pb2.SequenceFinish] = []
+        self._pooled: list[outputs_pb2.Pooled] = []
         self._prefilled: list[worker_pb2.Prefilled] = []
         self._refusals: list[worker_pb2.Refusal] = []
         self._logprobs: outputs_pb2.Logprobs | None = None
@@ -91,6 +100,10 @@ class Session:
     def found_prompt_logprobs(self, handle: Handle, found: Logprobs) -> None:
         """Of the prompt of a request that starts in this step."""
         self._prompt_logprobs = _with_logprobs(self._prompt_logprobs, handle, found)
+
+    def pooled(self, handle: Handle, pooled: Pooled) -> None:
+        """What a request gets instead of tokens, before it is finished."""
+        self._pooled.append(outputs_pb2.Pooled(handle=handle, values=pooled.values))
 
     def finished(self, handle: Handle, finish: Finish) -> None:
         """Ends a request; nothing may follow for the handle."""
@@ -161,6 +174,7 @@ class Session:
                 finishes=self._finishes,
                 logprobs=self._logprobs,
                 prompt_logprobs=self._prompt_logprobs,
+                pooled=self._pooled,
             )
             response.outputs = outputs.SerializeToString()
             response.finished_handles.extend(finish.handle for finish in self._finishes)

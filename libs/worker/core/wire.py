@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from libs.common import grpc_errors, hashing
-from libs.common.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from libs.common.errors import (
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    TaskNotSupported,
+)
 from libs.engine.interface import (
     EngineInfo,
     EngineLoad,
@@ -18,6 +23,8 @@ from libs.engine.interface import (
     Leg,
     LogprobOptions,
     OutputConstraint,
+    PoolingOptions,
+    PoolingTask,
     RequestKey,
     Sampling,
 )
@@ -35,6 +42,7 @@ _LEGS = {
     worker_pb2.LEG_DECODE: Leg.DECODE,
     worker_pb2.LEG_WHOLE: Leg.WHOLE,
 }
+_POOLING_TASKS = {PoolingTask.EMBED: generation_pb2.POOLING_TASK_EMBED}
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (1e-6, 1),
@@ -64,6 +72,10 @@ class Limits:
 
 def finish_reason(reason: FinishReason) -> generation_pb2.FinishReason.ValueType:
     return _FINISH_REASONS[reason]
+
+
+def pooling_task(task: PoolingTask) -> generation_pb2.PoolingTask.ValueType:
+    return _POOLING_TASKS[task]
 
 
 def load_to_message(load: EngineLoad) -> outputs_pb2.WorkerLoad:
@@ -101,8 +113,8 @@ def kv_session_from_message(message: generation_pb2.KvSessionRef) -> KvSession:
 
 
 def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -> EngineRequest:
-    """What the engine is to run. Raises InvalidRequest, ContextTooLong or ModelNotFound, each
-    naming the field that is wrong."""
+    """What the engine is to run. Raises InvalidRequest, ContextTooLong, ModelNotFound or
+    TaskNotSupported, each naming the field that is wrong."""
     try:
         generation = generation_pb2.Generation.FromString(submit.generation)
     except DecodeError as error:
@@ -122,15 +134,22 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
     prompt = list(generation.token_ids)
     if not prompt:
         raise InvalidRequest("token_ids must not be empty", param="token_ids")
+    pooling = _pooling(generation, limits)
     room = limits.engine.context_length_tokens - len(prompt)
-    if room < 1:
+    if room < 0 and pooling is not None:
+        raise ContextTooLong(
+            f"the prompt has {len(prompt)} tokens; that exceeds the context of "
+            f"{limits.engine.context_length_tokens}",
+            param="token_ids",
+        )
+    if room < 1 and pooling is None:
         raise ContextTooLong(
             f"the prompt has {len(prompt)} tokens; with at least one of output that exceeds the "
             f"context of {limits.engine.context_length_tokens}",
             param="token_ids",
         )
     stopping = generation.stopping
-    if leg is not Leg.PREFILL and stopping.max_tokens < 1:
+    if leg is not Leg.PREFILL and stopping.max_tokens < 1 and pooling is None:
         raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
     kv_session = None
     if leg is Leg.DECODE and submit.HasField("kv_session"):
@@ -157,8 +176,27 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
         priority=generation.priority,
         produced_tokens=min(generation.produced_tokens, len(prompt)),
         kv_session=kv_session,
+        pooling=pooling,
         traceparent=submit.traceparent or generation.traceparent,
     )
+
+
+def _pooling(generation: generation_pb2.Generation, limits: Limits) -> PoolingOptions | None:
+    tasks = limits.engine.pooling_tasks
+    if not generation.HasField("pooling"):
+        if tasks:
+            raise TaskNotSupported(f"model {limits.model!r} does not generate here", param="model")
+        return None
+    options = generation.pooling
+    found = [task for task in tasks if pooling_task(task) == options.task]
+    if not found:
+        known = options.task in generation_pb2.PoolingTask.values()
+        name = generation_pb2.PoolingTask.Name(options.task) if known else options.task
+        raise TaskNotSupported(f"model {limits.model!r} has no task {name} here", param="model")
+    dimensions = options.dimensions if options.HasField("dimensions") else None
+    if dimensions == 0:
+        raise InvalidRequest("dimensions must be at least 1", param="dimensions")
+    return PoolingOptions(found[0], dimensions)
 
 
 def _logprobs(generation: generation_pb2.Generation) -> LogprobOptions:

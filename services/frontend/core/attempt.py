@@ -33,6 +33,8 @@ class Attempts:
     max_tokens: int
     min_tokens: int
     policy: MigrationPolicy
+    is_worth_waiting: bool = False
+    """Whether the caller's request is more than this, and something was spent on the rest of it."""
     produced: list[int] = field(default_factory=list)
     """Output tokens, of all attempts."""
     excluded_instance_ids: list[int] = field(default_factory=list)
@@ -70,7 +72,8 @@ class Attempts:
         if isinstance(error, (NoLiveInstance, Overloaded)):
             # Whoever was lost may be on its way back, the others may be full of its requests, and
             # a router that just started may not have found the workers yet.
-            if not self.failed or self.waited_seconds >= self.policy.patience_seconds:
+            is_lightly_refused = not self.failed and not self.is_worth_waiting
+            if is_lightly_refused or self.waited_seconds >= self.policy.patience_seconds:
                 return None
             self.waited_seconds += REFUSED_PAUSE_SECONDS
             return REFUSED_PAUSE_SECONDS

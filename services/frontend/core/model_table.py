@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
 
 _DECODE = discovery_pb2.ROLE_DECODE_WORKER
@@ -26,6 +27,8 @@ class KnownModel:
     tool_parser: str = ""
     reasoning_parser: str = ""
     """Names of the formats that it writes in; empty for what its files tell."""
+    pooling_tasks: tuple[generation_pb2.PoolingTask.ValueType, ...] = ()
+    """What it does with prompts; empty: it generates."""
     instance_ids: tuple[int, ...] = ()
     """Workers that have the files."""
 
@@ -33,8 +36,8 @@ class KnownModel:
 def known_models(cards: Iterable[discovery_pb2.ModelCard]) -> dict[str, KnownModel]:
     """All models by name.
 
-    Decode workers should agree on files and block size. Where they do not, the one that loaded
-    first decides, so that every frontend decides the same and a new worker changes nothing.
+    Decode workers should agree on files, block size and tasks. Where they do not, the one that
+    loaded first decides, so that every frontend decides the same and a new worker changes nothing.
     """
     by_model: dict[str, list[discovery_pb2.ModelCard]] = {}
     for card in cards:
@@ -62,6 +65,7 @@ def _known(name: str, cards: list[discovery_pb2.ModelCard]) -> KnownModel:
         created_unix_seconds=leader.created_unix_seconds,
         tool_parser=leader.tool_parser,
         reasoning_parser=leader.reasoning_parser,
+        pooling_tasks=tuple(leader.pooling_tasks),
         instance_ids=tuple(
             card.instance_id for card in cards if card.files_checksum == leader.files_checksum
         ),

@@ -22,10 +22,11 @@ from services.frontend.anthropic.body import MessagesBody, PromptBody
 from services.frontend.anthropic.errors import error_response
 from services.frontend.anthropic.messages import MessagesDialect, count_tokens
 from services.frontend.core.model_table import KnownModel
+from services.frontend.openai import embeddings as embeddings_body
 from services.frontend.openai import responses_body
 from services.frontend.openai.body import BodyReader
 from services.frontend.openai.dialect import CHAT, TEXT, Dialect
-from services.frontend.openai.embeddings import embedding_model, no_embeddings
+from services.frontend.openai.embeddings import EmbeddingBody, EmbeddingResponse, PoolingBody
 from services.frontend.openai.errors import (
     ApiError,
     api_error_of,
@@ -65,7 +66,7 @@ class _Endpoint:
 
 
 class _Shortcut:
-    """Takes requests to generate past FastAPI.
+    """Takes requests that engines answer past FastAPI.
 
     Its handling of a request costs as much as a short answer, and these endpoints use none of it:
     they read their body in pieces and write their answer themselves.
@@ -100,7 +101,7 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
             body,
             prompts,
             dialect,
-            traceparent=exchange.headers.get(b"traceparent", b"").decode("latin-1"),
+            traceparent=exchange.traceparent,
             routing=routing_options(exchange.headers),
             before_end=before_end,
         )
@@ -143,15 +144,38 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
         dialect = MessagesDialect(exchange_of(request.scope).request_id)
         return generation(request, chat, [chat.chat()], dialect)
 
-    generating = {
+    async def pooled(request: Request, body: type[EmbeddingBody | PoolingBody]) -> Response:
+        fields = await bodies.json_of(request)
+        exchange = exchange_of(request.scope)
+        return EmbeddingResponse(
+            pipeline,
+            checked(
+                body,
+                fields,
+                neutral=embeddings_body.NEUTRAL,
+                ignored=embeddings_body.IGNORED,
+            ),
+            traceparent=exchange.traceparent,
+            routing=routing_options(exchange.headers),
+        )
+
+    async def embeddings(request: Request) -> Response:
+        return await pooled(request, EmbeddingBody)
+
+    async def pooling(request: Request) -> Response:
+        return await pooled(request, PoolingBody)
+
+    running = {
         "/v1/chat/completions": _Endpoint(chat_completions),
         "/v1/completions": _Endpoint(completions),
         "/v1/responses": _Endpoint(responses if store is None else kept_responses),
         "/v1/messages": _Endpoint(messages),
+        "/v1/embeddings": _Endpoint(embeddings),
+        "/pooling": _Endpoint(pooling),
     }
     # For what is not a POST.
     app.router.routes += [
-        Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()
+        Route(path, endpoint, methods=["POST"]) for path, endpoint in running.items()
     ]
 
     @app.post("/v1/messages/count_tokens")
@@ -161,13 +185,6 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
             PromptBody, fields, neutral=messages_body.NEUTRAL, ignored=messages_body.IGNORED
         )
         return _json(await count_tokens(pipeline, _caller(request), body))
-
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Request) -> Response:
-        name = embedding_model(await bodies.json_of(request))
-        exchange_of(request.scope).model = pipeline.models.canonical_name(name)
-        pipeline.model_for(_caller(request), name)
-        raise no_embeddings(name)
 
     @app.post("/tokenize")
     async def tokenize_(request: Request) -> Response:
@@ -223,7 +240,7 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
             return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     _answer_errors(app)
-    served = _Shortcut(app, generating)
+    served = _Shortcut(app, running)
     gated = served if pipeline.access.is_open else AccessGate(served, pipeline.access)
     return ExchangeRecorder(gated, pipeline.metrics)
 

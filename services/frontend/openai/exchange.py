@@ -28,6 +28,7 @@ _ENDPOINTS = {
     "/v1/messages": "messages",
     "/v1/messages/count_tokens": "count_tokens",
     "/v1/embeddings": "embeddings",
+    "/pooling": "pooling",
     "/v1/models": "models",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
@@ -55,6 +56,11 @@ class Exchange:
     status: int = _CLIENT_LEFT
     caller: Caller = ANYONE
     """Who asks, once that is known."""
+
+    @property
+    def traceparent(self) -> str:
+        """What the caller wants the request to be part of; empty for nothing."""
+        return self.headers.get(b"traceparent", b"").decode("latin-1")
 
 
 def exchange_of(scope: Scope) -> Exchange:

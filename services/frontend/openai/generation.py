@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,11 +79,7 @@ class GenerationResponse(Response):
                 raise
             log.exception("stream failed", request_id=self._answer_id)
             last = self._dialect.error_event(internal_error())
-        # A client that never reads does not get to see its end.
-        with (
-            suppress(DeadlineExceeded),
-            Watch(asyncio.get_running_loop().time() + LAST_WRITE_SECONDS),
-        ):
+        with last_write():
             await send({"type": "http.response.body", "body": last})
 
     async def _generate(self, scope: Scope, send: Send) -> bytes:
@@ -100,6 +96,7 @@ class GenerationResponse(Response):
         ):
             exchange.model = pipeline.models.canonical_name(body.model)
             model = pipeline.model_for(caller, body.model)
+            model.check_generates()
             parsing = body.parsing(model) if isinstance(body, ChatBody) else None
             completions: list[Completion] = []
             answer = Answer(
@@ -204,6 +201,16 @@ class GenerationResponse(Response):
             headers.append((b"x-switchgear-decode-worker", completion.decode_worker.encode()))
         self._is_started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+@contextmanager
+def last_write() -> Iterator[None]:
+    """Writes the end of an answer in the body. A client that never reads does not get to see it."""
+    with (
+        suppress(DeadlineExceeded),
+        Watch(asyncio.get_running_loop().time() + LAST_WRITE_SECONDS),
+    ):
+        yield
 
 
 async def _read_all(choices: Sequence[Choice]) -> list[dict[str, Any]]:

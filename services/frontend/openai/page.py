@@ -13,7 +13,9 @@ from pydantic import BaseModel
 
 from services.frontend.anthropic import body as messages_body
 from services.frontend.anthropic.body import MessagesBody, PromptBody
+from services.frontend.openai import embeddings as embeddings_body
 from services.frontend.openai import responses_body
+from services.frontend.openai.embeddings import EmbeddingBody, PoolingBody
 from services.frontend.openai.responses_body import ResponsesBody, StoredResponsesBody
 from services.frontend.openai.schema import (
     IGNORED,
@@ -33,6 +35,14 @@ _NULL: _Schema = {"type": "null"}
 _TEXT: _Schema = {"type": "string"}
 _COUNT: _Schema = {"type": "integer", "minimum": 0}
 _TOKEN_IDS: _Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+
+_VECTOR: _Schema = {
+    "anyOf": [
+        {"type": "array", "items": {"type": "number"}},
+        {**_TEXT, "description": "With encoding_format base64: 32-bit floats, little-endian."},
+    ]
+}
 
 
 def _parts_of(*kinds: str) -> _Schema:
@@ -56,6 +66,8 @@ _FURTHER_FORMS: dict[str, dict[str, list[_Schema]]] = {
         "content": [_parts_of("reasoning_text")],
         "summary": [_parts_of("summary_text")],
     },
+    "EmbeddingBody": {"input": [_TEXT, _TOKEN_IDS]},
+    "PoolingBody": {"input": [_TEXT, _TOKEN_IDS]},
     "_Message": {"content": [_TEXT]},
     "_ToolResultBlock": {"content": [_parts_of("text")]},
     "PromptBody": {"system": [_parts_of("text")]},
@@ -168,6 +180,20 @@ def _answers() -> dict[str, _Schema]:
             last_id=_TEXT,
             has_more={"type": "boolean"},
         ),
+        "Embeddings": _object(
+            object={"const": "list"},
+            data=_list_of(_object(object={"const": "embedding"}, index=_COUNT, embedding=_VECTOR)),
+            model=_TEXT,
+            usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+        ),
+        "Pooled": _object(
+            id=_TEXT,
+            object={"const": "list"},
+            created=_COUNT,
+            data=_list_of(_object(object={"const": "pooling"}, index=_COUNT, data=_VECTOR)),
+            model=_TEXT,
+            usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+        ),
         "InputTokens": _object(input_tokens=_COUNT),
         "Model": _object(
             id=_TEXT,
@@ -203,6 +229,8 @@ def _requests(responses_class: type[ResponsesBody]) -> dict[str, _Schema]:
         responses_class,
         MessagesBody,
         PromptBody,
+        EmbeddingBody,
+        PoolingBody,
         TokenizeBody,
         DetokenizeBody,
     )
@@ -236,6 +264,8 @@ def _unoffered_in(body: type[BaseModel]) -> dict[str, _Schema]:
         return unoffered_fields(responses_body.NEUTRAL_WITH_STORE, responses_body.IGNORED)
     if issubclass(body, ResponsesBody):
         return unoffered_fields(responses_body.NEUTRAL, responses_body.IGNORED)
+    if issubclass(body, EmbeddingBody | PoolingBody):
+        return unoffered_fields(embeddings_body.NEUTRAL, embeddings_body.IGNORED)
     if issubclass(body, PromptBody):
         return unoffered_fields(messages_body.NEUTRAL, messages_body.IGNORED)
     return unoffered_fields(NEUTRAL, IGNORED)
@@ -385,6 +415,12 @@ def openapi_page(*, keeps_responses: bool = False) -> dict[str, Any]:
                 "PromptBody",
                 _json_content(_ref("InputTokens")),
                 "MessageError",
+            ),
+            "/v1/embeddings": _post(
+                "Embed texts", "EmbeddingBody", _json_content(_ref("Embeddings"))
+            ),
+            "/pooling": _post(
+                "Embed texts, in vLLM's shape", "PoolingBody", _json_content(_ref("Pooled"))
             ),
             "/v1/models": _get("List the models that can be served now", "Models"),
             "/v1/models/{model}": model,

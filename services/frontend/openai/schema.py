@@ -66,7 +66,7 @@ def _stop_strings(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(value: object) -> object:
+def prompts_of(value: object) -> Any:
     """One list of prompts from the four forms that the API takes."""
     match value:
         case str():
@@ -265,7 +265,7 @@ class ChatBody(ToolBody, GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)]
     max_tokens: MaxTokens = 16
     echo: bool = False
     best_of: int | None = None

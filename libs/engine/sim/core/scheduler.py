@@ -8,6 +8,8 @@ In between the driver lets that time pass, on whatever clock it has, and may sub
                  3. waiting requests are admitted in order of priority, then of arrival
     end_step     4. tokens are drawn, full blocks are published, sequences end
 
+A prompt that is to be embedded ends where another would get its first token.
+
 When no block is left in 1 or 2, the youngest running sequence of the last priority gives up its
 own and starts again later; what it has published is likely to be still cached then. The oldest one
 of the first priority thus always advances.
@@ -37,12 +39,14 @@ from libs.engine.interface import (
     KvSession,
     Leg,
     Logprobs,
+    Pooled,
     Prefilled,
     RequestKey,
     Start,
     Step,
 )
 from libs.engine.sim.core import tokens as token_states
+from libs.engine.sim.core.embedding import embedding
 from libs.engine.sim.core.pool import BlockPool
 from libs.engine.sim.core.sequence import Phase, Sequence
 from libs.engine.sim.core.timing import StepWork, TimingModel
@@ -65,6 +69,8 @@ class SchedulerLimits:
     max_running_requests, so that every decoding sequence gets its token."""
     kv_lease_seconds: float
     """How long a prefill leg's KV is kept for whoever pulls it."""
+    embedding_dimensions: int = 0
+    """Length of the vectors that prompts become; 0 for an engine that generates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,11 @@ class Scheduler:
         room_tokens = min(
             limits.context_length_tokens, limits.total_kv_blocks * limits.block_size_tokens + 1
         )
-        if len(request.prompt) >= room_tokens:
+        if request.pooling is not None:
+            if (problem := self._pooling_problem(request)) is not None:
+                self._refused[request.key] = problem
+                return
+        elif len(request.prompt) >= room_tokens:
             self._refused[request.key] = ContextTooLong(
                 f"a prompt of {len(request.prompt)} tokens leaves no room for output in "
                 f"{room_tokens} tokens",
@@ -164,6 +174,25 @@ class Scheduler:
         self._sequences[request.key] = sequence
         self._waiting[request.key] = sequence
         self._set_pending_prefill(sequence, len(sequence.tokens))
+
+    def _pooling_problem(self, request: EngineRequest) -> SwitchgearError | None:
+        limits = self.limits
+        assert request.pooling is not None
+        if request.pooling.dimensions is not None:
+            return InvalidRequest(
+                "the simulated engine's vectors can't be cut short: dimensions must not be given, "
+                f"got {request.pooling.dimensions}",
+                param="dimensions",
+            )
+        room_tokens = min(
+            limits.context_length_tokens, limits.total_kv_blocks * limits.block_size_tokens
+        )
+        if len(request.prompt) > room_tokens:
+            return ContextTooLong(
+                f"a prompt of {len(request.prompt)} tokens does not fit into {room_tokens}",
+                param="prompt",
+            )
+        return None
 
     def cancel(self, key: RequestKey) -> None:
         """Drops a request wherever it is. Unknown keys are ignored."""
@@ -499,6 +528,12 @@ class Scheduler:
             if request.logprobs is not None and request.logprobs.prompt_alternatives is not None:
                 asked = request.logprobs.prompt_alternatives
                 step.prompt_logprobs.append(self._prompt_logprobs(sequence, asked))
+        if request.pooling is not None:
+            values = embedding(request.prompt, self.limits.embedding_dimensions)
+            step.pooled.append(Pooled(request.key, values))
+            step.finishes.append(Finish(request.key, FinishReason.STOP))
+            self._end(sequence)
+            return
         sequence.phase = Phase.DECODING
         self._decoding[request.key] = sequence
         full_tokens = sequence.held_blocks * self.limits.block_size_tokens
