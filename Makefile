@@ -20,6 +20,8 @@ MODEL ?=
 DTYPE ?= bfloat16
 PREFILL ?= 1
 DECODE ?= 1
+EMBED ?= 0
+EMBED_MODEL ?=
 FRONTENDS ?= 1
 ROUTERS ?= 1
 INDEXERS ?= 1
@@ -54,6 +56,7 @@ help: ## list the targets
 	@echo "Settings of make up, with their defaults:"
 	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
+	@echo "  EMBED=0 (workers that embed, beside the others)  EMBED_MODEL=folder (the same model without)"
 	@echo "  ENVOY=1 (Envoy at HTTP_PORT, in front of all)"
 	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
 	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
@@ -109,7 +112,8 @@ test-compose: $(env_stamp) $(proto_stamp) ## build the images and try docker-com
 
 up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
 	@exec $(launcher) up --engine $(ENGINE) --model "$(MODEL)" --dtype $(DTYPE) \
-	    --prefill $(PREFILL) --decode $(DECODE) --frontends $(FRONTENDS) --routers $(ROUTERS) \
+	    --prefill $(PREFILL) --decode $(DECODE) --embed $(EMBED) --embed-model "$(EMBED_MODEL)" \
+	    --frontends $(FRONTENDS) --routers $(ROUTERS) \
 	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) --kv-cache-bytes $(KV_CACHE_BYTES) \
 	    --max-model-len $(MAX_MODEL_LEN) $(if $(ENVOY),--envoy) \
 	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(DETACH),--detach)

@@ -50,6 +50,8 @@ def up(
     dtype: str = "bfloat16",
     prefill: Annotated[int, typer.Option(min=0)] = 1,
     decode: Annotated[int, typer.Option(min=1)] = 1,
+    embed: Annotated[int, typer.Option(min=0, help="Workers that embed.")] = 0,
+    embed_model: Annotated[str, typer.Option(help="Their folder; the same without.")] = "",
     frontends: Annotated[int, typer.Option(min=1)] = 1,
     routers: Annotated[int, typer.Option(min=1)] = 1,
     indexers: Annotated[int, typer.Option(min=0)] = 1,
@@ -69,6 +71,7 @@ def up(
     if not is_free(http_port):
         raise ClusterError(f"port {http_port} is in use; choose another (make up HTTP_PORT=...)")
     folder, model_name = _model(engine, model)
+    embed_folder, embed_name = _model(engine, embed_model) if embed_model else (folder, model_name)
     deployment = Deployment(
         engine=engine,
         model=folder,
@@ -76,6 +79,9 @@ def up(
         dtype=dtype,
         prefill=prefill,
         decode=decode,
+        embed=embed,
+        embed_model=embed_folder,
+        embed_model_name=embed_name if embed_name != model_name else "",
         frontends=frontends,
         routers=routers,
         indexers=indexers,
@@ -320,6 +326,13 @@ def _show_usage(deployment: Deployment, cluster: LocalCluster) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if deployment.embed:
+        body = f'{{"model": "{deployment.embedding_model}", "input": "What is a dynamo?"}}'
+        console.print(
+            f"  curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'\n",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f"logs: {cluster.run_dir}/*.log   make status | logs | restart | down")
 
 

@@ -58,6 +58,12 @@ class Deployment(BaseModel):
     prefill: Count = 1
     """Prefill workers. With none, decode workers compute prompts too."""
     decode: Annotated[int, Field(ge=1)] = 1
+    embed: Count = 0
+    """Workers beside them that embed, and do not generate."""
+    embed_model: Path | None = None
+    """Their model; None is the same as the others'."""
+    embed_model_name: str = ""
+    """What clients call it; empty is `model_name` with -embed behind it."""
     frontends: Annotated[int, Field(ge=1)] = 1
     """They share the HTTP port, unless Envoy has it."""
     routers: Annotated[int, Field(ge=1)] = 1
@@ -77,6 +83,11 @@ class Deployment(BaseModel):
     leaves them their own timing."""
     flags: dict[Component, tuple[str, ...]] = {}
     """Further flags for all processes of a component."""
+
+    @property
+    def embedding_model(self) -> str:
+        """What clients call the model that embeds."""
+        return self.embed_model_name or f"{self.model_name}-embed"
 
 
 def processes(
@@ -112,6 +123,9 @@ class _Services:
             yield self._worker("prefill_worker", i, place=i)
         for i in range(deployment.decode):
             yield self._worker("decode_worker", i, place=deployment.prefill + i)
+        for i in range(deployment.decode, deployment.decode + deployment.embed):
+            place = deployment.prefill + i
+            yield self._worker("decode_worker", i, place=place, embeds=True)
         for i in range(deployment.indexers):
             yield self._service("kv_indexer", i, _INDEXERS_STAGE)
         for i in range(deployment.routers):
@@ -119,11 +133,17 @@ class _Services:
         for i in range(deployment.frontends):
             yield self._frontend(i)
 
-    def _worker(self, component: Component, number: int, place: int) -> ProcessSpec:
+    def _worker(
+        self, component: Component, number: int, place: int, *, embeds: bool = False
+    ) -> ProcessSpec:
         deployment = self._deployment
         flags = ["--engine", deployment.engine]
-        flags += ["--model", str(deployment.model)]
-        flags += ["--served-model-name", deployment.model_name]
+        if embeds:
+            flags += ["--model", str(deployment.embed_model or deployment.model)]
+            flags += ["--served-model-name", deployment.embedding_model, "--task", "embed"]
+        else:
+            flags += ["--model", str(deployment.model)]
+            flags += ["--served-model-name", deployment.model_name]
         if deployment.max_model_len_tokens:
             flags += ["--max-model-len-tokens", str(deployment.max_model_len_tokens)]
         if deployment.engine == "sim":
@@ -147,7 +167,7 @@ class _Services:
 
     @property
     def _workers(self) -> int:
-        return self._deployment.prefill + self._deployment.decode
+        return self._deployment.prefill + self._deployment.decode + self._deployment.embed
 
     def _memory_flags(self) -> list[str]:
         gpus, kv_cache_bytes = self._deployment.gpus, self._deployment.kv_cache_bytes
@@ -177,8 +197,12 @@ class _Services:
         probes = [Probe(kind="http", target=f"{url}/health")]
         # With API keys only their holders may see what is served.
         if "--api-keys" not in deployment.flags.get("frontend", ()):
-            listed = f'"{deployment.model_name}"'
-            probes.append(Probe(kind="http", target=f"{url}/v1/models", contains=listed))
+            names = [deployment.model_name]
+            names += [deployment.embedding_model] if deployment.embed else []
+            probes += [
+                Probe(kind="http", target=f"{url}/v1/models", contains=f'"{name}"')
+                for name in names
+            ]
         return self._service(
             "frontend",
             number,

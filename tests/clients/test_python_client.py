@@ -28,6 +28,7 @@ class Server(InferenceServiceServicer):
     def __init__(self, failures: list[SwitchgearError | None]) -> None:
         self.failures = failures
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.embed_requests: list[inference_pb2.EmbedRequest] = []
         self.authorizations: list[str] = []
         self.cancelled = asyncio.Event()
         self.fails_after_text: SwitchgearError | None = None
@@ -56,6 +57,18 @@ class Server(InferenceServiceServicer):
                 self.cancelled.set()
         usage = inference_pb2.Usage(prompt_tokens=1, completion_tokens=2)
         yield inference_pb2.GenerateResponse(text=" two", finish_reason=STOP, usage=usage)
+
+    async def Embed(
+        self,
+        request: inference_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext[object, object],
+    ) -> inference_pb2.EmbedResponse:
+        self._begin(context)
+        self.embed_requests.append(request)
+        vectors = [[0.5, float(index)] for index in range(len(request.inputs))]
+        return inference_pb2.EmbedResponse(
+            embeddings=[inference_pb2.Embedding(values=values) for values in vectors]
+        )
 
     async def ListModels(
         self,
@@ -106,6 +119,18 @@ async def test_what_nobody_took_is_asked_again_when_the_server_says() -> None:
         assert (await client.complete("m", "Hi")).text == "one two"
         assert len(server.requests) == 3
         assert [model.model for model in await client.models()] == ["m"]
+
+
+async def test_texts_and_tokens_are_embedded_in_order() -> None:
+    busy = Overloaded("busy", retry_after_seconds=0.01)
+    async with calling(busy, api_key="secret") as (server, client):
+        vectors = await client.embed("m", ["Hi", [1, 2]], dimensions=2, truncate_tokens=5)
+        assert vectors == [[0.5, 0.0], [0.5, 1.0]]
+        [request] = server.embed_requests
+        assert request.inputs[0].text == "Hi"
+        assert list(request.inputs[1].token_ids.token_ids) == [1, 2]
+        assert (request.dimensions, request.truncate_tokens) == (2, 5)
+        assert set(server.authorizations) == {"Bearer secret"}
 
 
 async def test_attempts_are_limited() -> None:

@@ -40,6 +40,18 @@ def test_without_prefill_workers_the_decode_workers_are_alone() -> None:
     assert [name for name in names if "worker" in name] == ["decode_worker-0", "decode_worker-1"]
 
 
+def test_workers_that_embed_are_beside_the_others_under_a_name_of_their_own() -> None:
+    made = specs(decode=2, embed=1)
+    workers = [made[f"decode_worker-{number}"] for number in range(3)]
+    assert [flag(spec, "--served-model-name") for spec in workers] == ["m", "m", "m-embed"]
+    assert [flag(spec, "--task") for spec in workers if "--task" in spec.command] == ["embed"]
+    assert {flag(spec, "--model") for spec in workers} == {"/models/m"}
+    other = specs(embed=1, embed_model="/models/e", embed_model_name="e")["decode_worker-1"]
+    assert (flag(other, "--model"), flag(other, "--served-model-name")) == ("/models/e", "e")
+    contained = [probe.contains for probe in made["frontend-0"].probes]
+    assert contained[-2:] == ['"m"', '"m-embed"']
+
+
 def test_only_the_frontends_share_a_port() -> None:
     made = specs(prefill=2, decode=2, routers=2, indexers=2, frontends=3)
     ports = [port for spec in made.values() for kind, port in spec.ports.items() if kind != "http"]

@@ -6,7 +6,8 @@ import grpc
 import pytest
 
 from libs.common import grpc_errors
-from libs.common.errors import InvalidRequest, ModelNotFound
+from libs.common.errors import InvalidRequest, ModelNotFound, TaskNotSupported
+from libs.engine.sim.core.embedding import embedding
 from libs.engine.sim.settings import SimSettings
 from switchgear.common.v1 import generation_pb2
 from switchgear.decode_worker.v1 import decode_worker_pb2, decode_worker_pb2_grpc
@@ -145,3 +146,21 @@ async def test_status_tells_what_runs() -> None:
         assert list(status.request_ids) == ["r"]
         assert status.load.running_requests == 1
         call.cancel()
+
+
+async def test_a_vector_comes_with_the_end() -> None:
+    embed = generation_pb2.PoolingOptions(task=generation_pb2.POOLING_TASK_EMBED)
+    asked = generation_pb2.Generation(
+        request_id="r", model=MODEL, token_ids=range(1, 100), pooling=embed
+    )
+    request = decode_worker_pb2.GenerateRequest(generation=asked)
+    async with sim_worker(DECODE, "e", SimSettings(embedding_dimensions=48)) as e:
+        [answer] = await generate(e, request)
+        assert answer.finish_reason == generation_pb2.FINISH_REASON_STOP
+        assert answer.pooled.values == embedding(range(1, 100), 48)
+        assert not answer.token_ids
+        with pytest.raises(TaskNotSupported):
+            await generate(e, decode_worker_pb2.GenerateRequest(generation=generation()))
+    async with sim_worker(DECODE, "d") as d:
+        with pytest.raises(TaskNotSupported):
+            await generate(d, request)

@@ -147,6 +147,33 @@ class Client:
             texts.append(last.text)
         return Answer("".join(texts), last.finish_reason, last.usage)
 
+    async def embed(
+        self,
+        model: str,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        truncate_tokens: int | None = None,
+    ) -> list[list[float]]:
+        """A vector of length 1 for each text or list of token ids, in order.
+
+        `dimensions` is for models that are trained to have vectors cut short. Longer inputs keep
+        `truncate_tokens`; without it they are refused.
+        """
+        request = inference_pb2.EmbedRequest(
+            model=model,
+            inputs=[
+                inference_pb2.EmbedInput(text=one)
+                if isinstance(one, str)
+                else inference_pb2.EmbedInput(token_ids=inference_pb2.TokenIds(token_ids=one))
+                for one in inputs
+            ],
+            dimensions=dimensions,
+            truncate_tokens=truncate_tokens,
+        )
+        response = await self._call(self.stub.Embed, request)
+        return [list(embedding.values) for embedding in response.embeddings]
+
     async def models(self) -> list[inference_pb2.Model]:
         """The models that can be served now."""
         request = inference_pb2.ListModelsRequest()

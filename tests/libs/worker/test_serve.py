@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from libs.common.config import ConfigError
 from libs.common.tasks import background
 from libs.engine.interface import EngineInfo, EngineSink
 from libs.engine.sim.engine import SimEngine
@@ -46,3 +47,10 @@ async def test_a_worker_told_to_stop_while_its_engine_starts_stops_at_once(
         stop.set()
         await serving
     assert engine.is_closed
+
+
+async def test_a_prefill_worker_can_not_embed(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    settings = PrefillWorkerSettings(engine="sim", model=tmp_path, task="embed")
+    with pytest.raises(ConfigError, match="--task embed is for decode workers"):
+        await main.serve(settings, asyncio.Event())

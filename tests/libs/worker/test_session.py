@@ -10,6 +10,7 @@ from libs.engine.interface import (
     Finish,
     FinishReason,
     Logprobs,
+    Pooled,
     RequestKey,
     Start,
 )
@@ -71,6 +72,23 @@ def test_log_probabilities_of_merged_steps_stay_in_order() -> None:
     assert list(sent.prompt_logprobs.token_ids) == [7]
     session.flush()
     assert not outputs(session.take(load) or worker_pb2.SessionResponse()).HasField("logprobs")
+
+
+def test_a_vector_comes_with_its_finish() -> None:
+    session = Session(nothing, 1)
+    session.keys[7] = RequestKey(1)
+    session.started(7, Start(RequestKey(1), 4, 0))
+    session.pooled(7, Pooled(RequestKey(1), b"abcd"))
+    session.finished(7, Finish(RequestKey(1), FinishReason.STOP))
+    session.flush()
+    response = session.take(load)
+    sent = outputs(response)
+    assert sent.pooled == [outputs_pb2.Pooled(handle=7, values=b"abcd")]
+    assert sent.finishes[0].reason == generation_pb2.FINISH_REASON_STOP
+    assert response is not None
+    assert list(response.finished_handles) == [7]
+    session.flush()
+    assert not (session.take(load) or worker_pb2.SessionResponse()).outputs
 
 
 def test_a_finish_names_its_handle_outside_the_outputs() -> None:

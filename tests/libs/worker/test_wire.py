@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from libs.common.errors import ContextTooLong, InvalidRequest, ModelNotFound, SwitchgearError
+from libs.common.errors import (
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    SwitchgearError,
+    TaskNotSupported,
+)
 from libs.common.hashing import sequence_hashes
 from libs.engine.interface import (
     EngineInfo,
@@ -12,6 +20,8 @@ from libs.engine.interface import (
     Leg,
     LogprobOptions,
     OutputConstraint,
+    PoolingOptions,
+    PoolingTask,
     RequestKey,
 )
 from libs.worker.core import wire
@@ -173,3 +183,51 @@ def test_bytes_that_are_no_generation_are_refused() -> None:
     submit = worker_pb2.Submit(handle=1, generation=b"\xff\xff", leg=worker_pb2.LEG_WHOLE)
     with pytest.raises(InvalidRequest, match="generation"):
         wire.engine_request(submit, RequestKey(1), LIMITS)
+
+
+EMBEDDING = wire.Limits("m", replace(INFO, pooling_tasks=(PoolingTask.EMBED,)), LIMITS.legs)
+
+
+def parse_pooling(limits: wire.Limits, **changes: object) -> EngineRequest:
+    made = generation_pb2.Generation(request_id="r", model="m", token_ids=range(9))
+    made.MergeFrom(generation_pb2.Generation(**changes))  # type: ignore[arg-type]
+    submit = worker_pb2.Submit(
+        handle=1, generation=made.SerializeToString(), leg=worker_pb2.LEG_WHOLE
+    )
+    return wire.engine_request(submit, RequestKey(1), limits)
+
+
+def embed(**fields: int) -> generation_pb2.PoolingOptions:
+    return generation_pb2.PoolingOptions(task=generation_pb2.POOLING_TASK_EMBED, **fields)
+
+
+def test_a_prompt_to_embed_needs_no_room_for_output() -> None:
+    request = parse_pooling(EMBEDDING, pooling=embed(), token_ids=range(11))
+    assert len(request.prompt) == INFO.context_length_tokens
+    assert request.pooling == PoolingOptions(PoolingTask.EMBED)
+    asked = parse_pooling(EMBEDDING, pooling=embed(dimensions=8)).pooling
+    assert asked == PoolingOptions(PoolingTask.EMBED, 8)
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "error", "param"),
+    [
+        (LIMITS, {"pooling": embed()}, TaskNotSupported, "model"),
+        (EMBEDDING, {}, TaskNotSupported, "model"),
+        (EMBEDDING, {"pooling": generation_pb2.PoolingOptions()}, TaskNotSupported, "model"),
+        (
+            EMBEDDING,
+            {"pooling": generation_pb2.PoolingOptions(task=99)},  # type: ignore[arg-type]
+            TaskNotSupported,
+            "model",
+        ),
+        (EMBEDDING, {"pooling": embed(dimensions=0)}, InvalidRequest, "dimensions"),
+        (EMBEDDING, {"pooling": embed(), "token_ids": range(12)}, ContextTooLong, "token_ids"),
+    ],
+)
+def test_what_the_engine_does_not_do_is_refused(
+    limits: wire.Limits, changes: dict[str, object], error: type[SwitchgearError], param: str
+) -> None:
+    with pytest.raises(error) as raised:
+        parse_pooling(limits, **changes)
+    assert (type(raised.value), raised.value.param) == (error, param)

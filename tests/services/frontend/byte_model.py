@@ -9,6 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from libs.common.model_files import checksum
 from services.frontend.tokenizer import ModelTokenizer
+from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
 
 NAME = "byte-model"
@@ -62,6 +63,7 @@ def card(
     created_unix_seconds: int = 1_700_000_000,
     context_length_tokens: int = CONTEXT_TOKENS,
     files_checksum: str = CHECKSUM,
+    embeds: bool = False,
 ) -> discovery_pb2.ModelCard:
     """A worker's model card."""
     return discovery_pb2.ModelCard(
@@ -74,4 +76,5 @@ def card(
         kv_block_size_tokens=BLOCK_TOKENS,
         files_checksum=files_checksum,
         created_unix_seconds=created_unix_seconds,
+        pooling_tasks=[generation_pb2.POOLING_TASK_EMBED] if embeds else [],
     )

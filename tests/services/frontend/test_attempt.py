@@ -45,6 +45,12 @@ def test_a_request_gives_up_when_it_has_lost_all_its_attempts() -> None:
     assert [tried.pause_after(WorkerLost("gone"), i) for i in (1, 2, 3)] == [0, 0, None]
 
 
+def test_what_others_depend_on_waits_for_room() -> None:
+    tried = attempts(patience_seconds=0.5)
+    tried.is_worth_waiting = True
+    assert [tried.pause_after(Overloaded("full"), 0) for _ in range(3)] == [0.25, 0.25, None]
+
+
 def test_nobody_is_excluded_when_it_was_nobodys_fault() -> None:
     tried = attempts()
     tried.pause_after(TransferFailed("broke"), 0)

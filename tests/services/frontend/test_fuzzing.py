@@ -25,11 +25,11 @@ from schemathesis.specs.openapi import checks
 
 from services.frontend.anthropic import errors as anthropic_errors
 from services.frontend.openai.page import openapi_page
-from tests.fixtures.eventually import eventually
+from tests.fixtures.eventually import eventually, until
 from tests.fixtures.servers import new_nats
-from tests.services.frontend.byte_model import NAME
-from tests.services.frontend.fake_router import fake_router, says
-from tests.services.frontend.frontends import Frontend, frontend
+from tests.services.frontend.byte_model import NAME, card
+from tests.services.frontend.fake_router import Call, embeds, fake_router, says
+from tests.services.frontend.frontends import WORKER_ID, Frontend, frontend
 
 START_SECONDS = 60
 
@@ -49,6 +49,16 @@ async def jetstream(folder: Path) -> AsyncIterator[str]:
         server.stop()
 
 
+VECTORS = "vectors"
+"""A model that embeds."""
+CARDS = [card(WORKER_ID), card(WORKER_ID, model=VECTORS, embeds=True)]
+
+
+async def _behave(call: Call) -> None:
+    behave = embeds() if call.generation.HasField("pooling") else says("ok", tokens_per_step=9)
+    await behave(call)
+
+
 class Served:
     """A frontend on an event loop in a thread of its own, so that examples may simply block."""
 
@@ -65,11 +75,12 @@ class Served:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         try:
             async with (
-                fake_router(says("ok", tokens_per_step=9)) as router,
+                fake_router(_behave) as router,
                 jetstream(folder) as nats_url,
                 frontend(
                     folder,
                     [router],
+                    cards=CARDS,
                     max_body_bytes=50_000,
                     response_store="nats",
                     nats_url=nats_url,
@@ -80,6 +91,8 @@ class Served:
                     return (await started.client.get("/v1/responses/any")).status_code == 404
 
                 await eventually(keeps_responses)
+                await until(lambda: len(started.models.served()) == len(CARDS))
+                await started.until_ready()
                 self._ready.set_result(started)
                 await self._stop.wait()
         except BaseException as error:
@@ -129,6 +142,7 @@ def check_answer(response: httpx.Response) -> None:
 
 PAGE: Any = schemathesis.openapi.from_dict(openapi_page(keeps_responses=True))
 OPERATIONS = {result.ok().label: result.ok() for result in PAGE.get_all_operations()}
+EMBEDDING = ("POST /v1/embeddings", "POST /pooling")
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 
 
@@ -150,7 +164,7 @@ def test_requests_made_from_the_page_get_the_answers_that_it_describes(
     @given(operation.as_strategy(generation_mode=mode), st.booleans())
     def ask(case: Any, is_for_us: bool) -> None:
         if is_for_us and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body["model"] = NAME
+            case.body["model"] = VECTORS if label in EMBEDDING else NAME
         response = case.call(base_url=served.frontend.url, timeout=30)
         case.validate_response(
             response,
@@ -180,7 +194,13 @@ FIELDS = sorted(
 )
 BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6).flatmap(
     lambda fields: st.sampled_from(
-        [fields, {"model": NAME, "prompt": "a", **fields}, {"model": NAME, **fields}]
+        [
+            fields,
+            {"model": NAME, "prompt": "a", **fields},
+            {"model": NAME, **fields},
+            {"model": VECTORS, "input": "a", "task": "embed", **fields},
+            {"model": VECTORS, "input": "a", **fields},
+        ]
     )
 )
 POSTS = st.sampled_from(
@@ -188,6 +208,7 @@ POSTS = st.sampled_from(
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        "/pooling",
         "/v1/responses",
         "/v1/messages",
         "/v1/messages/count_tokens",
@@ -283,6 +304,6 @@ def test_any_text_is_a_prompt(served: Served, text: str, stop: list[str], stream
     body = {"model": NAME, "prompt": text, "stop": stop, "stream": stream}
     response = served.client.post("/v1/completions", json=body)
     assert response.status_code == (200 if text else 400), response.text
-    tokens = served.client.post("/tokenize", json={"prompt": text}).json()["tokens"]
-    back = served.client.post("/detokenize", json={"tokens": tokens}).json()
+    tokens = served.client.post("/tokenize", json={"model": NAME, "prompt": text}).json()["tokens"]
+    back = served.client.post("/detokenize", json={"model": NAME, "tokens": tokens}).json()
     assert back == {"prompt": text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.frontend.core.model_table import known_models
+from switchgear.common.v1.generation_pb2 import POOLING_TASK_EMBED
 from switchgear.discovery.v1.discovery_pb2 import ROLE_DECODE_WORKER, ROLE_PREFILL_WORKER
 from tests.services.frontend.byte_model import CHECKSUM, NAME, card
 
@@ -48,3 +49,9 @@ def test_models_are_apart_from_each_other() -> None:
 
 def test_roles_are_spelt_as_people_read_them() -> None:
     assert known_models([card(1, needs=(ROLE_DECODE_WORKER,))])[NAME].missing == ""
+
+
+def test_what_a_model_does_is_what_its_first_worker_does() -> None:
+    assert known_models([card(1)])[NAME].pooling_tasks == ()
+    both = [card(1, created_unix_seconds=20), card(2, created_unix_seconds=10, embeds=True)]
+    assert known_models(both)[NAME].pooling_tasks == (POOLING_TASK_EMBED,)

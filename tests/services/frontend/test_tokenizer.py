@@ -185,3 +185,26 @@ def test_of_special_tokens_only_marks_have_a_text() -> None:
 def test_unusable_files_are_refused() -> None:
     with pytest.raises(ValueError, match="unusable tokenizer files"):
         ModelTokenizer({"tokenizer.json": b"{}"})
+
+
+def framed() -> ModelTokenizer:
+    """Puts <|bos|> before a text and <|im_end|> behind it."""
+    tokenizer = Tokenizer.from_buffer(FILES["tokenizer.json"])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|im_end|>",
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in ("<|bos|>", "<|im_end|>")],
+    )
+    return ModelTokenizer({**FILES, "tokenizer.json": tokenizer.to_str().encode()})
+
+
+@given(st.text("abcé"), st.integers(2, 12), st.sampled_from(["left", "right"]), st.booleans())
+def test_a_cut_text_keeps_its_special_tokens(text: str, most: int, side: str, adds: bool) -> None:
+    tokenizer = framed()
+    plain = tokens(text)
+    room = most - 2 * adds
+    kept = plain[max(0, len(plain) - room) :] if side == "left" else plain[:room]
+    expected = [*tokens("<|bos|>"), *kept, END_TOKEN] if adds else kept
+    cut = tokenizer.encode_cut(text, most, side, adds_special_tokens=adds)
+    assert cut == expected
+    if len(plain) <= room:
+        assert cut == tokenizer.encode(text, adds_special_tokens=adds)

@@ -510,30 +510,23 @@ class Scheduler:
 
     def _complete_prompt(self, sequence: Sequence, step: Step, now: float) -> None:
         request = sequence.request
+        if request.pooling is not None:
+            step.starts.append(_start(sequence))
+            values = embedding(request.prompt, self.limits.embedding_dimensions)
+            step.pooled.append(Pooled(request.key, values))
+            step.finishes.append(Finish(request.key, FinishReason.STOP))
+            self._end(sequence)
+            return
         del self._prefilling[request.key]
         if request.leg is Leg.PREFILL:
             step.prefilled.append(self._keep(sequence, now))
             return
         if not sequence.is_started:
             sequence.is_started = True
-            step.starts.append(
-                Start(
-                    request.key,
-                    sequence.cached_tokens,
-                    sequence.transferred_tokens,
-                    sequence.admitted_at - sequence.submitted_at,
-                    sequence.transfer_seconds,
-                )
-            )
+            step.starts.append(_start(sequence))
             if request.logprobs is not None and request.logprobs.prompt_alternatives is not None:
                 asked = request.logprobs.prompt_alternatives
                 step.prompt_logprobs.append(self._prompt_logprobs(sequence, asked))
-        if request.pooling is not None:
-            values = embedding(request.prompt, self.limits.embedding_dimensions)
-            step.pooled.append(Pooled(request.key, values))
-            step.finishes.append(Finish(request.key, FinishReason.STOP))
-            self._end(sequence)
-            return
         sequence.phase = Phase.DECODING
         self._decoding[request.key] = sequence
         full_tokens = sequence.held_blocks * self.limits.block_size_tokens
@@ -677,3 +670,13 @@ class Scheduler:
     def _set_pending_prefill(self, sequence: Sequence, tokens: int) -> None:
         self._queued_prefill_tokens += tokens - sequence.pending_prefill_tokens
         sequence.pending_prefill_tokens = tokens
+
+
+def _start(sequence: Sequence) -> Start:
+    return Start(
+        sequence.request.key,
+        sequence.cached_tokens,
+        sequence.transferred_tokens,
+        sequence.admitted_at - sequence.submitted_at,
+        sequence.transfer_seconds,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -25,6 +26,9 @@ from libs.engine.interface import (
     Leg,
     LogprobOptions,
     Logprobs,
+    Pooled,
+    PoolingOptions,
+    PoolingTask,
     RequestKey,
     Start,
     Step,
@@ -83,6 +87,19 @@ class FakeVllm(Vllm):
         self.arguments[vllm_id] = arguments
         self.priorities[vllm_id] = priority
         await self._hear("add", vllm_id)
+
+    async def add_pooling(
+        self,
+        vllm_id: str,
+        prompt: Sequence[int],
+        cache_salt: str,
+        priority: int,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        if vllm_id in self.rejects:
+            raise InvalidRequest("no")
+        self.arguments[vllm_id] = arguments
+        await self._hear("add pooling", vllm_id)
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         await self._hear("abort", list(vllm_ids))
@@ -160,6 +177,51 @@ async def bench(leg: Leg) -> AsyncIterator[Bench]:
         yield Bench(engine, vllm, sink)
     finally:
         await engine.close()
+
+
+EMBED = PoolingOptions(PoolingTask.EMBED, dimensions=2)
+
+
+async def test_what_a_prompt_is_pooled_into_comes_with_its_end() -> None:
+    async with bench(Leg.WHOLE) as whole:
+        whole.engine.submit([request_of(1, pooling=EMBED), request_of(2, pooling=EMBED)])
+        await whole.vllm.hears("add pooling", "2.0")
+        assert whole.vllm.arguments["1.0"] == {"task": "embed", "dimensions": 2}
+        assert whole.engine.load().queued_prefill_tokens == 80
+        done = output(finish=VllmFinish.STOP, cached=32)
+        done.pooling_output = _Tensor([0.6, 0.8])
+        failed = output(finish=VllmFinish.ERROR)
+        failed.pooling_output = None
+        step = whole.step(("1.0", done), ("2.0", failed))
+        assert step.starts == [Start(RequestKey(1), 32, 0)]
+        assert step.pooled == [Pooled(RequestKey(1), struct.pack("<2f", 0.6, 0.8))]
+        assert step.keys == step.tokens == []
+        assert step.finishes[0] == Finish(RequestKey(1), FinishReason.STOP)
+        assert step.finishes[1].reason is FinishReason.ERROR
+        load = whole.engine.load()
+        assert (load.queued_prefill_tokens, load.waiting_requests) == (0, 0)
+
+
+async def test_what_vllm_does_not_pool_is_refused() -> None:
+    async with bench(Leg.WHOLE) as whole:
+        whole.vllm.rejects.add("1.0")
+        whole.engine.submit([request_of(1, pooling=EMBED)])
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            step = await whole.sink.steps.get()
+        assert isinstance(step.finishes[0].error, InvalidRequest)
+
+
+class _Tensor:
+    """As much of a tensor as is used."""
+
+    def __init__(self, values: list[float]) -> None:
+        self._values = values
+
+    def float(self) -> _Tensor:
+        return self
+
+    def numpy(self) -> Any:
+        return np.array(self._values, dtype=np.float32)
 
 
 @pytest.fixture

@@ -56,6 +56,10 @@ def calls(url: str) -> dict[str, Any]:
             ask("Say: Hello", provider="anthropic", max_tokens=50, stream=True)
         ),
     }
+    embedded = litellm.embedding(
+        model="openai/vectors", input=["Hi", "Hello"], api_base=f"{url}/v1", api_key="none"
+    )
+    found["embeddings"] = [one["embedding"][0] for one in embedded.data]
     for name, model, text in (("unknown", "nobody", "Hi"), ("busy", "plain", "Busy 9: litellm")):
         try:
             ask(text, model)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from libs.common.errors import DeadlineExceeded, NoLiveInstance, Overloaded
+from libs.common.errors import DeadlineExceeded, InvalidRequest, NoLiveInstance, Overloaded
 from libs.common.model_files import checksum
 from services.frontend.core.api_keys import new_key
 from services.frontend.tokenizer import ModelTokenizer
@@ -25,7 +25,14 @@ from switchgear.discovery.v1 import discovery_pb2
 from tests.fixtures.eventually import eventually, until
 from tests.fixtures.servers import new_nats
 from tests.services.frontend import byte_model, tool_model
-from tests.services.frontend.fake_router import LENGTH, STOP, Call, fake_router, never_answers
+from tests.services.frontend.fake_router import (
+    LENGTH,
+    STOP,
+    Call,
+    embeds,
+    fake_router,
+    never_answers,
+)
 from tests.services.frontend.frontends import Frontend, file_server, frontend
 from tests.services.frontend.test_access import stored, write
 
@@ -38,6 +45,8 @@ PLAIN = "plain"
 """A model that knows of neither tools nor reasoning."""
 TALENTED = "talented"
 """One that calls tools as Hermes does, and reasons as Qwen3 does."""
+VECTORS = "vectors"
+"""One that embeds."""
 TALENTED_FILES = tool_model.files()
 
 KEY = new_key(b"k" * 32)
@@ -48,7 +57,11 @@ POOR_KEY = new_key(b"m" * 32)
 
 _TOLD = re.compile(r"(Say|Busy|Down|Fail|Never|Forever|Constraint|Sampling|Prompt)(?: (\d+))?: ?")
 
-_TOKENIZERS = {PLAIN: byte_model.TOKENIZER, TALENTED: ModelTokenizer(TALENTED_FILES)}
+_TOKENIZERS = {
+    PLAIN: byte_model.TOKENIZER,
+    TALENTED: ModelTokenizer(TALENTED_FILES),
+    VECTORS: byte_model.TOKENIZER,
+}
 
 
 class Script:
@@ -63,6 +76,8 @@ class Script:
     Fail: TEXT         fails after the text
     Never:             takes the request and says nothing
     Forever:           goes on until it is cancelled
+
+    What is to be embedded becomes its vector, unless it is Busy.
     """
 
     def __init__(self) -> None:
@@ -71,6 +86,9 @@ class Script:
     async def __call__(self, call: Call) -> None:
         tokenizer = _TOKENIZERS[call.generation.model]
         prompt = tokenizer.decode(list(call.generation.token_ids))
+        if call.generation.HasField("pooling") and not prompt.startswith("Busy"):
+            await self._embed(call)
+            return
         found = [*_TOLD.finditer(prompt)][-1]
         verb, number = found[1], int(found[2] or 0)
         rest = prompt[found.end() :].partition("<|im_end|>")[0]
@@ -78,7 +96,9 @@ class Script:
         match verb:
             case "Busy" | "Down":
                 self._times[told] += 1
-                if self._times[told] > number:
+                if self._times[told] > number and call.generation.HasField("pooling"):
+                    await self._embed(call)
+                elif self._times[told] > number:
                     await self._say(call, tokenizer, f"attempt {self._times[told]}")
                 elif verb == "Busy":
                     call.fail(Overloaded("all queues are full", retry_after_seconds=0.5))
@@ -107,6 +127,12 @@ class Script:
             case _:
                 await self._say(call, tokenizer, rest)
 
+    async def _embed(self, call: Call) -> None:
+        if call.generation.pooling.HasField("dimensions"):
+            call.fail(InvalidRequest("its vectors can't be cut short", param="dimensions"))
+        else:
+            await embeds()(call)
+
     async def _say(self, call: Call, tokenizer: ModelTokenizer, text: str) -> None:
         call.route()
         answer = [*tokenizer.encode(text), byte_model.END_TOKEN]
@@ -124,7 +150,9 @@ def _card(
     name: str, instance_id: int, tools: str = "", reasoning: str = ""
 ) -> discovery_pb2.ModelCard:
     files = TALENTED_FILES if name == TALENTED else byte_model.FILES
-    card = byte_model.card(instance_id, model=name, files_checksum=checksum(files))
+    card = byte_model.card(
+        instance_id, model=name, files_checksum=checksum(files), embeds=name == VECTORS
+    )
     card.tool_parser, card.reasoning_parser = tools, reasoning
     return card
 
@@ -164,7 +192,7 @@ class Served:
                 router = await stack.enter_async_context(fake_router(Script()))
                 _, plain = await stack.enter_async_context(file_server(instance_id=1))
                 _, talented = await stack.enter_async_context(file_server(TALENTED_FILES, 2))
-                cards = [_card(PLAIN, 1), _card(TALENTED, 2, "hermes", "qwen3")]
+                cards = [_card(PLAIN, 1), _card(TALENTED, 2, "hermes", "qwen3"), _card(VECTORS, 1)]
                 nats = new_nats(folder, has_jetstream=True)
                 stack.callback(nats.stop)
                 await asyncio.to_thread(nats.start)

@@ -11,7 +11,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
-from tests.services.frontend.sdks.scripted import PLAIN, TALENTED, Served
+from tests.services.frontend.sdks.scripted import PLAIN, TALENTED, VECTORS, Served
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
@@ -84,8 +84,18 @@ def test_errors(served: Served, is_responses: bool) -> None:
         model(served, "nobody", is_responses).invoke("Hi")
 
 
-def test_embeddings_are_refused(served: Served) -> None:
+def embeddings(served: Served, name: str) -> OpenAIEmbeddings:
     options: Any = {"base_url": f"{served.url}/v1", "api_key": "none"}
-    embeddings = OpenAIEmbeddings(model=PLAIN, check_embedding_ctx_length=False, **options)
+    return OpenAIEmbeddings(model=name, check_embedding_ctx_length=False, **options)
+
+
+async def test_embeddings(served: Served) -> None:
+    made = embeddings(served, VECTORS)
+    assert made.embed_query("Hi")[0] == 2
+    assert [one[0] for one in made.embed_documents(["a", "abc"])] == [1, 3]
+    assert (await made.aembed_query("Hi"))[0] == 2
+
+
+def test_a_model_that_generates_refuses_embeddings(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="does not support embeddings"):
-        embeddings.embed_query("Hi")
+        embeddings(served, PLAIN).embed_query("Hi")

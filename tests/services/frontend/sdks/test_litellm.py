@@ -53,6 +53,7 @@ def test_litellm(served: Served) -> None:
         "tool": '{"a": 1}',
         "anthropic": "Hello",
         "anthropic stream": "Hello",
+        "embeddings": [2, 5],
         "unknown": "NotFoundError",
         "busy": "RateLimitError",
     }

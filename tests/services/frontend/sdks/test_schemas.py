@@ -21,6 +21,7 @@ VALIDATORS = {
         "CreateChatCompletionResponse",
         "CreateChatCompletionStreamResponse",
         "CreateCompletionResponse",
+        "CreateEmbeddingResponse",
         "ErrorResponse",
         "ListModelsResponse",
         "Model",
@@ -43,6 +44,7 @@ PATHS = {
 WHOLE = {
     "chat.completions.create": "CreateChatCompletionResponse",
     "completions.create": "CreateCompletionResponse",
+    "embeddings.create": "CreateEmbeddingResponse",
     "models.list": "ListModelsResponse",
     "models.retrieve": "Model",
     "responses.create": "Response",
@@ -129,6 +131,7 @@ def test_a_kept_response_and_its_items_are_valid(served: Served) -> None:
         ("CreateChatCompletionResponse", "a whole chat answer", "choices.0", {"index": 0}),
         ("CreateChatCompletionResponse", "a whole chat answer", "choices.0.finish_reason", "done"),
         ("Response", "a response", "output.0.content.0", {"type": "output_text", "text": "a"}),
+        ("CreateEmbeddingResponse", "an embedding", "data.0.embedding", "AAAA"),
         ("Response", "a response", "usage.output_tokens", None),
     ],
 )
