@@ -44,6 +44,10 @@ log = logs.get(__name__)
 DEADLINE_MARGIN_SECONDS = 0.05
 """What a hop keeps of the deadline, so that the caller hears a specific error and not its own."""
 
+MAX_OUTPUTS_BYTES = 16 << 20
+"""Of what several workers sent, in one message: it has a size limit, and vectors that wait for a
+slow frontend are many times as large as tokens."""
+
 REQUESTS = Counter(
     "switchgear_router_requests_total", "Requests given to a decode worker, by how", ["mode"]
 )
@@ -154,6 +158,9 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._pending = router_pb2.SessionResponse()
         self._pending_links: list[WorkerLink] = []
+        """For each of the pending outputs, where it came from."""
+        self._pending_bytes = 0
+        """Of all pending outputs."""
         self._is_dirty = False
 
     @property
@@ -200,12 +207,30 @@ class Relay:
         if not self._is_dirty or self._credit.is_exhausted:
             return None
         response, self._pending = self._pending, router_pb2.SessionResponse()
+        links, self._pending_links = self._pending_links, []
         self._is_dirty = False
+        if self._pending_bytes > MAX_OUTPUTS_BYTES and len(links) > 1:
+            self._put_back(response, links)
+        else:
+            self._pending_bytes = 0
         self._credit.sent()
-        for link in self._pending_links:
+        for link in links:
             link.consumed(1)
-        self._pending_links.clear()
         return response
+
+    def _put_back(self, response: router_pb2.SessionResponse, links: list[WorkerLink]) -> None:
+        """Leaves outputs beyond the limit for the next message, and failures, which come last."""
+        kept_bytes = number = 0
+        while not number or kept_bytes + len(response.outputs[number]) <= MAX_OUTPUTS_BYTES:
+            kept_bytes += len(response.outputs[number])
+            number += 1
+        self._pending.outputs.extend(response.outputs[number:])
+        self._pending.failures.extend(response.failures)
+        self._pending_links = links[number:]
+        self._pending_bytes -= kept_bytes
+        del response.outputs[number:], links[number:]
+        response.ClearField("failures")
+        self._touch()
 
     async def close(self) -> None:
         """Cancels everything; the frontend is gone."""
@@ -415,6 +440,7 @@ class Relay:
         if response.outputs and link.worker.role is Role.DECODE:
             self._pending.outputs.append(response.outputs)
             self._pending_links.append(link)
+            self._pending_bytes += len(response.outputs)
             self._touch()
         else:
             link.consumed(1)

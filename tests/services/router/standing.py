@@ -183,6 +183,8 @@ class Session:
         self.finished: dict[int, int] = {}
         self.failures: dict[int, router_pb2.Failure] = {}
         self.routed: dict[int, router_pb2.Routed] = {}
+        self.most_outputs = 0
+        """Of one message."""
 
     async def open(self) -> None:
         await self.call.write(router_pb2.SessionRequest(window_responses=self._window))
@@ -214,6 +216,7 @@ class Session:
             message = await self.call.read()
         assert isinstance(message, router_pb2.SessionResponse), "the session ended"
         self._received += 1
+        self.most_outputs = max(self.most_outputs, len(message.outputs))
         for routed in message.routed:
             self.routed[routed.handle] = routed
         for serialised in message.outputs:

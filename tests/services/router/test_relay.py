@@ -14,6 +14,7 @@ from libs.common.errors import NoLiveInstance
 from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
+from services.router import relay
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2
@@ -368,3 +369,20 @@ async def test_model_files_arrive_whole(stand: Stand) -> None:
         async for piece in stub.GetModelFiles(worker_pb2.GetModelFilesRequest(model=MODEL)):
             got[piece.name] = got.get(piece.name, b"") + piece.data
         assert got == FILES
+
+
+@pytest.mark.parametrize(("limit_bytes", "is_cut"), [(1, True), (1 << 20, False)])
+async def test_outputs_that_are_too_large_for_one_message_come_in_several(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, limit_bytes: int, is_cut: bool
+) -> None:
+    monkeypatch.setattr(relay, "MAX_OUTPUTS_BYTES", limit_bytes)
+    for name in ("a", "b", "c"):
+        await stand.add(DECODE, name, SimSettings(timing="fixed", step_ms=1))
+    # With one message on its way what several workers send has to wait.
+    session = Session(stand, window=1)
+    await session.open()
+    for handle in range(1, 31):
+        await session.submit(handle, [handle, 5], 50)
+    await session.read_until(lambda: len(session.finished) == 30)
+    assert all(len(tokens) == 50 for tokens in session.tokens.values())
+    assert (session.most_outputs == 1) == is_cut
