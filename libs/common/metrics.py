@@ -4,12 +4,23 @@ every service has."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 
-from prometheus_client import Gauge, start_http_server
+from prometheus_client import Counter, Gauge, start_http_server
 
 ASYNCIO_TASKS = Gauge("switchgear_asyncio_tasks", "Tasks of the event loop that have not ended.")
+
+
+def count_from_zero(counter: Counter, *values: Iterable[str]) -> None:
+    """Makes the series of all combinations of labels' values, of each label in turn.
+
+    Prometheus' `rate` sees no step in a series that begins with it: what happens for the first time
+    would be on no dashboard.
+    """
+    for combination in product(*values):
+        counter.labels(*combination)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from libs.common.errors import BY_REASON
+from libs.common.metrics import count_from_zero
 from libs.engine.interface import Engine, Leg, Prefilled, Start
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -19,6 +21,7 @@ REQUESTS = Counter(
     ["leg", "outcome"],
 )
 REFUSALS = Counter("switchgear_worker_refusals", "Requests that were not taken in.", ["reason"])
+count_from_zero(REFUSALS, BY_REASON)
 PROMPT_TOKENS = Counter(
     "switchgear_worker_prompt_tokens",
     "Prompt tokens of requests that got so far, by whether they were computed here, cached or"

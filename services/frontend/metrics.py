@@ -7,8 +7,12 @@ from functools import cache, partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import REGISTRY
 
+from libs.common.errors import BY_REASON
+from libs.common.metrics import count_from_zero
+
 _TTFT_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
 _ITL_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+_RETRIED = tuple(reason for reason, error in BY_REASON.items() if error.is_retryable)
 _REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 
@@ -22,6 +26,7 @@ class ModelMetrics:
         self.prompt_tokens = metrics.prompt_tokens.labels(model)
         self.cached_tokens = metrics.cached_tokens.labels(model)
         self.completion_tokens = metrics.completion_tokens.labels(model)
+        count_from_zero(metrics.migrations, [model], _RETRIED)
 
 
 class FrontendMetrics:
@@ -96,6 +101,7 @@ class FrontendMetrics:
             "Requests whose client left before the end.",
             registry=registry,
         )
+        count_from_zero(self.errors, BY_REASON)
         self.of = cache(partial(ModelMetrics, self))
         """The metrics of a model."""
         self.requests_of = cache(self.requests.labels)

@@ -2,6 +2,9 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from libs.common.metrics import count_from_zero
+from services.kv_indexer.core.follower import RecoveryReason
+
 blocks = Gauge(
     "switchgear_kv_indexer_blocks", "Blocks in the index, once for every worker that holds them."
 )
@@ -25,6 +28,7 @@ recoveries = Counter(
     " failed.",
     ["kind", "reason", "outcome"],
 )
+count_from_zero(recoveries, ["batches", "snapshot"], RecoveryReason, ["taken", "gone", "failed"])
 recovery_seconds = Histogram(
     "switchgear_kv_indexer_recovery_seconds",
     "From asking a worker for batches or a snapshot to their being in the index.",

@@ -20,12 +20,14 @@ from prometheus_client import Counter, Histogram
 from libs.common import grpc_errors, logs, tracing
 from libs.common.credit import Credit
 from libs.common.errors import (
+    BY_REASON,
     DeadlineExceeded,
     InternalError,
     ProtocolViolation,
     SwitchgearError,
     WorkerLost,
 )
+from libs.common.metrics import count_from_zero
 from services.router import request_trace
 from services.router.config import RouterSettings
 from services.router.core.decision import Candidate, Prompt
@@ -56,6 +58,10 @@ PREFILL_FALLBACKS = Counter(
     "Prompts that a decode worker computed because the prefill leg failed",
     ["reason"],
 )
+# The router's own reasons, and those of refusals.
+count_from_zero(
+    PREFILL_FALLBACKS, ["timeout", "worker_lost", "engine", *(each.lower() for each in BY_REASON)]
+)
 PREFILL_SECONDS = Histogram(
     "switchgear_router_prefill_leg_seconds",
     "From giving a prompt to a prefill worker to its KV being there.",
@@ -64,6 +70,7 @@ PREFILL_SECONDS = Histogram(
 FAILURES = Counter(
     "switchgear_router_failures_total", "Requests handed back to the frontend", ["reason"]
 )
+count_from_zero(FAILURES, BY_REASON)
 PROMPT_TOKENS = Counter(
     "switchgear_router_prompt_tokens_total", "Prompt tokens of requests that were routed"
 )

@@ -6,10 +6,11 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.registry import REGISTRY
 
 from libs.common.grpc_server import serving
-from libs.common.metrics import serving_metrics
+from libs.common.metrics import count_from_zero, serving_metrics
 from tests.fixtures.eventually import until
 
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -44,3 +45,15 @@ async def test_a_call_is_counted_until_its_client_cancels_it() -> None:
         assert calls(WATCH) == 1
         watching.cancel()
         await until(lambda: calls(WATCH) == 0)
+
+
+def test_what_has_not_happened_yet_is_told_as_zero() -> None:
+    registry = CollectorRegistry()
+    counter = Counter("failures", "", ["kind", "reason"], registry=registry)
+    count_from_zero(counter, ["a"], ["lost", "late"])
+    counter.labels("a", "late").inc()
+    values = {
+        reason: registry.get_sample_value("failures_total", {"kind": "a", "reason": reason})
+        for reason in ("lost", "late")
+    }
+    assert values == {"lost": 0, "late": 1}
