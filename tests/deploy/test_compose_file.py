@@ -114,3 +114,25 @@ def test_prometheus_asks_all_services() -> None:
         for name in discovery["names"]
     }
     assert {"frontend", "router", "kv-indexer", "envoy", "etcd", *WORKERS} == asked
+
+
+def test_grafana_knows_how_often_prometheus_asks() -> None:
+    folder = REPOSITORY / "deploy"
+    config = yaml.safe_load((folder / "prometheus/prometheus.yml").read_text())
+    sources = folder / "grafana/provisioning/datasources/datasources.yaml"
+    [source] = [
+        source
+        for source in yaml.safe_load(sources.read_text())["datasources"]
+        if source["type"] == "prometheus"
+    ]
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
+@pytest.mark.parametrize("name", ["frontend", "router", *WORKERS])
+def test_every_service_that_traces_is_told_where_to(name: str) -> None:
+    endpoints = [
+        value
+        for setting, value in COMPOSE["services"][name]["environment"].items()
+        if setting.endswith("_OTLP_ENDPOINT")
+    ]
+    assert endpoints == ["${OTLP_ENDPOINT}"]
