@@ -48,7 +48,7 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify bench bench-quick bench-index bench-recovery bench-routing soak clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify pictures bench bench-quick bench-index bench-recovery bench-routing soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -160,6 +160,11 @@ bench-routing: $(bench_env) ## replay recorded requests with Switchgear's routin
 
 soak: $(env_stamp) $(proto_stamp) ## send 200,000 requests of all kinds, and look at what they leave behind
 	.venv/bin/python -m benchmarks.soak $(BENCH_ARGS)
+
+pictures: $(bench_env) $(vllm_stamp) model ## draw docs/pictures anew: dashboards of a run with failures, a trace (10 minutes)
+	@scripts/prometheus.sh
+	.venv/bin/python -m deploy.pictures dashboards
+	.venv/bin/python -m deploy.pictures trace
 
 clean: ## stop everything and remove what was made, but the environments and the model
 	@if [ -x .venv/bin/python ]; then $(launcher) down; fi

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.pictures.collector import Collector, ReceivedSpan, collecting
 from tests.e2e.running import LONG_PROMPT, Running, running, stream, text_of
-from tests.fixtures.collector import Collector, ReceivedSpan, collecting
 from tests.fixtures.eventually import until
 from tests.fixtures.metrics_table import SERVICES, documented_labels, documented_metrics
 

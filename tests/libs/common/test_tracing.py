@@ -20,10 +20,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.trace.span import format_trace_id
 from prometheus_client.registry import REGISTRY
 
+from deploy.pictures.collector import collecting
 from libs.common import tracing
 from libs.common.trace_export import BATCH_SPANS, SpanExport, to_collector
 from libs.common.tracing import Kind, Span
-from tests.fixtures.collector import collecting
 from tests.fixtures.eventually import until
 from tests.fixtures.spans import KeptSpans
 
