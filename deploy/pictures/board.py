@@ -141,7 +141,7 @@ class _Drawn:
                 values = [value for _, value in run]
                 # One value alone makes no line.
                 marker = "." if len(run) == 1 else ""
-                axes.plot(minutes, values, marker, ls="-", color=colour, lw=1.2, ms=3, zorder=3)
+                axes.plot(minutes, values, marker=marker, color=colour, lw=1.2, ms=3, zorder=3)
                 axes.fill_between(minutes, values, color=colour, alpha=0.06, lw=0, zorder=2)
         if not any(series.points for series in panel.series):
             axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=look.FAINT)
