@@ -94,7 +94,7 @@ def start_dynamo(
     engine_arguments = cluster.run_dir / "mocker.args"
     engine_arguments.write_text(json.dumps(mocker_arguments(step_ms)))
     etcd = topology.etcd_server(cluster.run_dir, take_port)
-    nats = topology.nats_server(take_port)
+    nats = topology.nats_server(cluster.run_dir, take_port)
     http_port = take_port()
     deployment = Deployment(engine="sim", model=model, model_name=_MODEL_NAME, http_port=http_port)
     processes = dynamo_processes(

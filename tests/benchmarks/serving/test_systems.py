@@ -15,7 +15,7 @@ def dynamo() -> dict[str, ProcessSpec]:
     made = systems.dynamo_processes(
         deployment,
         topology.etcd_server(Path("/run"), take_port),
-        topology.nats_server(take_port),
+        topology.nats_server(Path("/run"), take_port),
         Path("/run/mocker.args"),
         Path("/run"),
     )
