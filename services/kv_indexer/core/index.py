@@ -3,11 +3,14 @@
 Theory of operation. A sequence hash names a block and all before it, so no tree is needed: each
 model has a flat map from sequence hash to holders. Neighbours mostly have the same holders, so each
 set of holders exists once, as bit masks with one bit for each worker, and blocks point to it. Whole
-chains thus change hands by a few operations on the map.
+chains thus change hands by a few operations on the map, or by one on the set when it has no other
+blocks.
 
 Workers promise that holding a block implies holding all before it. Along a prompt the holders thus
 only ever become fewer, so wherever two positions have the same holders, so has everything between
-them, and the depth of each match is found by bisecting instead of walking.
+them, and the depth of each match is found by bisecting instead of walking. Prompts that begin alike
+are asked for again and again, so a set of holders also remembers where it ended and who went on:
+where two looks show that it still does, neither bisecting nor bit masks are needed.
 
     generations   oldest [a b c d]   [e f g]   [h i] newest
                                 ^ evicted next
@@ -53,17 +56,23 @@ _Masks = tuple[int, int, int]
 """Workers' bits, for each tier."""
 
 
+_Step = tuple[int, int, int, tuple[InstanceId, ...]]
+"""Workers' bits on this side and on the other; the bits on both, and the workers on this alone."""
+
 _NOBODY: _Masks = (0, 0, 0)
 
 
 class _Holders:
     """Those who hold some blocks, and in which tiers."""
 
-    __slots__ = ("blocks", "masks", "reach")
+    __slots__ = ("blocks", "end", "is_held", "masks", "reach", "step")
 
-    def __init__(self, masks: _Masks) -> None:
+    def __init__(self, masks: _Masks, end: int = 0) -> None:
         self.blocks = 0
         """How many have these holders."""
+        self.end = end
+        """Where in a prompt others followed when that was last looked for, and so a guess for the
+        next time; 0 when it never was."""
         self.set_masks(masks)
 
     def set_masks(self, masks: _Masks) -> None:
@@ -71,6 +80,10 @@ class _Holders:
         device, host, disk = masks
         self.reach = (device, device | host, device | host | disk)
         """Who holds them in this tier or in a faster one."""
+        self.is_held = self.reach[-1] != 0
+        """False once the last one has left."""
+        self.step: _Step | None = None
+        """What came of going on to others when that was last done."""
 
     @property
     def memory_bytes(self) -> int:
@@ -153,6 +166,14 @@ class _Model:
                 self._expanded_instances = len(instances)
             self.expanded[mask] = instances
         return instances
+
+    def step(self, holding: int, theirs: int) -> _Step:
+        """From those who hold all so far to the holders of what follows. A worker that breaks its
+        promise may appear late: it does not count."""
+        staying = holding & theirs
+        leaving = self.expand(holding ^ staying)
+        # Steps are recognised by identity: mostly the next one is from all of them.
+        return holding, theirs, theirs if staying == theirs else staying, leaving
 
     def find(self, sequence_hash: SequenceHash) -> _Holders | None:
         return self.locate(sequence_hash)[1]
@@ -270,14 +291,13 @@ class BlockIndex:
             if generation is None or holders is None or not holders.masks[tier - 1] & worker.bit:
                 worker.evicted = max(0, worker.evicted - len(run))
                 continue
-            remaining = self._toggled(worker, holders, tier)
-            if remaining is None:
+            if _toggled(worker, holders, tier) == _NOBODY:
                 blocks = self._delete(generation, run)
+                self._take_from(model, holders, blocks)
             else:
-                blocks = _put(generation, run, remaining)
+                blocks = self._toggle(worker, generation, holders, run, tier)
             worker.held -= blocks
             self.blocks -= blocks
-            self._take_from(model, holders, blocks)
         self._shrink(model)
 
     def clear(self, instance: InstanceId) -> None:
@@ -294,11 +314,11 @@ class BlockIndex:
             self._forget_set(model, holders)
             device, host, disk = holders.masks
             holders.set_masks((device & others, host & others, disk & others))
-            if holders.reach[-1]:
+            if holders.is_held:
                 self._know_set(model, holders)
             else:
                 self._abandoned += holders.blocks
-        if 4 * self._abandoned > 3 * self._entries:
+        if 8 * self._abandoned > 7 * self._entries:
             self._drop_abandoned()
 
     def replace(
@@ -331,13 +351,12 @@ class BlockIndex:
         generations = of_model.generations
         find = generations[0].get if len(generations) == 1 else of_model.find
         first = find(prompt[0])
-        if first is None or not first.reach[-1]:
+        if first is None or not first.is_held:
             return {}
         deepest = 0
         reach = slowest - 1
-        expanded = of_model.expanded
         depths: dict[InstanceId, int] = {}
-        holders: _Holders | None = first
+        holders = first
         holding = first.reach[reach]
         low, end = 0, len(prompt)
         # Holders further on that were seen already, nearest last. Past the end nobody is one.
@@ -345,29 +364,43 @@ class BlockIndex:
         if (last := find(prompt[-1])) is not None:
             ahead.append((end - 1, last))
         while holding:
-            # `holders` hold block `low`. Where do others begin, and who?
-            high, following = ahead.pop()
-            while high - low > 1:
-                middle = (low + high) // 2
-                between = find(prompt[middle])
-                if between is holders:
-                    low = middle
-                else:
-                    if between is not following:
-                        ahead.append((high, following))
-                        following = between
-                    high = middle
-            if following is not holders:
-                # A worker that breaks its promise may appear late: it does not count.
-                staying = following.reach[reach] & holding if following is not None else 0
-                if leaving := holding ^ staying:
-                    instances = expanded.get(leaving) or of_model.expand(leaving)
-                    if len(instances) == 1:
-                        depths[instances[0]] = high
+            # `holders` hold block `low`. Where do others begin, and who? Mostly at the same block
+            # as for the last prompt: then two looks tell.
+            guess = holders.end
+            if (
+                low < guess < ahead[-1][0]
+                and find(prompt[guess - 1]) is holders
+                and (following := find(prompt[guess])) is not holders
+            ):
+                high = guess
+            else:
+                high, following = ahead.pop()
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    between = find(prompt[middle])
+                    if between is holders:
+                        low = middle
                     else:
-                        depths.update(dict.fromkeys(instances, high))
+                        if between is not following:
+                            ahead.append((high, following))
+                            following = between
+                        high = middle
+                holders.end = high
+            if following is not holders:
+                theirs = following.reach[reach] if following is not None else 0
+                step = holders.step
+                if step is None or step[0] is not holding or step[1] is not theirs:
+                    step = holders.step = of_model.step(holding, theirs)
+                _, _, holding, leaving = step
+                if leaving:
+                    if len(leaving) == 1:
+                        depths[leaving[0]] = high
+                    else:
+                        depths.update(dict.fromkeys(leaving, high))
                     deepest = high
-                holders, holding = following, staying
+                if following is None:
+                    break
+                holders = following
             low = high
         if len(generations) > 1 or of_model.born != self._turn:
             self._renew(of_model, prompt, deepest)
@@ -422,7 +455,7 @@ class BlockIndex:
                 return
         for known_in, holders, run in model.runs(hashes):
             if known_in is not None and holders is not None:
-                if holders.reach[-1]:
+                if holders.is_held:
                     generation = known_in
                     if holders.masks[tier - 1] & worker.bit:
                         continue
@@ -445,16 +478,43 @@ class BlockIndex:
         tier: Tier,
     ) -> None:
         """Adds a worker to the holders of these blocks, which are the same for all."""
-        holders = self._toggled(worker, before, tier)
-        assert holders is not None
-        blocks = _put(generation, run, holders)
-        worker.held += blocks
-        self.blocks += blocks
-        if before is None:
+        if before is not None:
+            blocks = self._toggle(worker, generation, before, run, tier)
+        else:
+            holders = self._holders(worker.model, _toggled(worker, None, tier))
+            blocks_before = len(generation)
+            _put(generation, run, holders)
+            blocks = len(generation) - blocks_before
+            holders.blocks += blocks
             self._entries += blocks
             self._count_turn(blocks)
+        worker.held += blocks
+        self.blocks += blocks
+
+    def _toggle(
+        self,
+        worker: _Worker,
+        generation: _Generation,
+        holders: _Holders,
+        run: Sequence[SequenceHash],
+        tier: Tier,
+    ) -> int:
+        """Adds a worker to the holders of these blocks, which are the same for all, or takes it
+        from them, but not the last one. How many blocks: some may be named twice."""
+        model = worker.model
+        blocks = len(set(run))
+        masks = _toggled(worker, holders, tier)
+        if blocks == holders.blocks and masks not in model.known_sets:
+            # These are all that they hold: then the blocks stay as they are.
+            self._forget_set(model, holders)
+            holders.set_masks(masks)
+            self._know_set(model, holders)
         else:
-            self._take_from(worker.model, before, blocks)
+            others = self._holders(model, masks, holders.end)
+            _put(generation, run, others)
+            others.blocks += blocks
+            self._take_from(model, holders, blocks)
+        return blocks
 
     def _renew(self, model: _Model, prompt: Sequence[SequenceHash], matched_blocks: int) -> None:
         """Moves what was matched to the newest generation."""
@@ -520,7 +580,7 @@ class BlockIndex:
         )
 
     def _count_evicted(self, model: _Model, holders: _Holders, blocks: int) -> None:
-        if not holders.reach[-1]:
+        if not holders.is_held:
             holders.blocks -= blocks
             self._abandoned -= blocks
             return
@@ -536,7 +596,7 @@ class BlockIndex:
     def _drop_abandoned(self) -> None:
         for model in self._models.values():
             model.generations[:] = [
-                {block: holders for block, holders in generation.items() if holders.reach[-1]}
+                {block: holders for block, holders in generation.items() if holders.is_held}
                 for generation in model.generations
             ]
         self._entries -= self._abandoned
@@ -558,19 +618,12 @@ class BlockIndex:
                 # A plain copy may be as large.
                 model.generations[number] = dict(zip(generation, generation.values(), strict=True))
 
-    def _toggled(self, worker: _Worker, holders: _Holders | None, tier: Tier) -> _Holders | None:
-        """The set that has the worker in this tier where that one has not, or the other way
-        round; None for nobody."""
-        masks = list(holders.masks if holders is not None else _NOBODY)
-        masks[tier - 1] ^= worker.bit
-        device, host, disk = masks
-        toggled = (device, host, disk)
-        if toggled == _NOBODY:
-            return None
-        if (known := worker.model.known_sets.get(toggled)) is None:
-            known = _Holders(toggled)
-            self._know_set(worker.model, known)
-        return known
+    def _holders(self, model: _Model, masks: _Masks, end: int = 0) -> _Holders:
+        """The set with these masks; `end` is what it guesses when it is new."""
+        if (holders := model.known_sets.get(masks)) is None:
+            holders = _Holders(masks, end)
+            self._know_set(model, holders)
+        return holders
 
     def _take_from(self, model: _Model, holders: _Holders, blocks: int) -> None:
         """So many of a set's blocks are not its own any more."""
@@ -601,14 +654,14 @@ class BlockIndex:
                 blocks.update(generation.values())
             entries += blocks.total()
             assert len(set().union(*model.generations)) == blocks.total(), "in two generations"
-            known = {holders for holders in blocks if holders.reach[-1]}
+            known = {holders for holders in blocks if holders.is_held}
             assert model.sets.keys() == known
             for masks, holders in model.known_sets.items():
                 assert holders in known
                 assert holders.masks == masks
             for holders, count in blocks.items():
                 assert holders.blocks == count
-                if not holders.reach[-1]:
+                if not holders.is_held:
                     abandoned += count
                     continue
                 holders_bytes += holders.memory_bytes
@@ -625,12 +678,15 @@ class BlockIndex:
             assert worker.evicted >= 0
 
 
-def _put(generation: _Generation, run: Sequence[SequenceHash], holders: _Holders) -> int:
-    """Gives blocks these holders. How many blocks: some may be named twice."""
-    blocks_before = len(generation)
+def _toggled(worker: _Worker, holders: _Holders | None, tier: Tier) -> _Masks:
+    """Masks that have the worker in this tier where those have not, or the other way round."""
+    masks = list(holders.masks if holders is not None else _NOBODY)
+    masks[tier - 1] ^= worker.bit
+    device, host, disk = masks
+    return device, host, disk
+
+
+def _put(generation: _Generation, run: Sequence[SequenceHash], holders: _Holders) -> None:
+    """Gives blocks these holders."""
     for sequence_hash in run:
         generation[sequence_hash] = holders
-    # They were all there, or none was.
-    blocks = len(generation) - blocks_before or len(set(run))
-    holders.blocks += blocks
-    return blocks

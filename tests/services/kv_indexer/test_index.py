@@ -39,6 +39,16 @@ def overlap(
     return {chr(instance): depth for instance, depth in depths.items()}
 
 
+class CountingPrompt(list[int]):
+    """Counts how often it is looked at."""
+
+    reads = 0
+
+    def __getitem__(self, position: object) -> int:  # type: ignore[override]
+        self.reads += 1
+        return super().__getitem__(position)  # type: ignore[call-overload, no-any-return]
+
+
 def test_overlap_counts_the_leading_blocks_that_each_worker_holds() -> None:
     index = index_of(a=[1, 2, 3], b=[1], c=[9])
     assert overlap(index, [1, 2, 3, 4]) == {"a": 3, "b": 1}
@@ -87,16 +97,35 @@ def test_another_block_size_than_the_models_overlaps_with_nothing() -> None:
 
 
 def test_a_lookup_in_a_long_prompt_touches_few_of_its_blocks() -> None:
-    class CountingPrompt(list[int]):
-        reads = 0
-
-        def __getitem__(self, position: object) -> int:  # type: ignore[override]
-            self.reads += 1
-            return super().__getitem__(position)  # type: ignore[call-overload, no-any-return]
-
     prompt = CountingPrompt(range(8_192))
     assert overlap(index_of(a=range(8_000)), prompt) == {"a": 8_000}
     assert prompt.reads <= 2 + 13
+
+
+def test_a_lookup_that_was_made_before_looks_twice_for_each_depth() -> None:
+    prompt = CountingPrompt(range(8_192))
+    depths = {"a": 8_000, "b": 4_000, "c": 2_999, "d": 3_000}
+    index = index_of(a=range(8_000), b=range(4_000), c=range(2_999), d=range(3_000))
+    assert overlap(index, prompt) == depths
+    prompt.reads = 0
+    assert overlap(index, prompt) == depths
+    assert prompt.reads <= 2 + 2 * len(depths)
+
+
+def test_a_lookup_is_right_whatever_others_ended_elsewhere() -> None:
+    index = index_of(a=[1, 2, 3, 4, 11, 12, 13], b=[1, 2, 11, 12, 13])
+    for _ in range(2):
+        assert overlap(index, [1, 2, 3, 4, 5]) == {"a": 4, "b": 2}
+        assert overlap(index, [1, 2, 11, 12, 13]) == {"a": 5, "b": 5}
+        assert overlap(index, [1]) == {"a": 1, "b": 1}
+
+
+def test_a_block_that_is_named_twice_counts_once() -> None:
+    index = index_of(a=[1, 2], b=[1, 1])
+    assert overlap(index, [1, 2]) == {"a": 2, "b": 1}
+    index.discard(ord("a"), [2, 2])
+    index.check_invariants()
+    assert overlap(index, [1, 2]) == {"a": 1, "b": 1}
 
 
 def test_adapters_and_cache_salts_share_no_blocks_with_each_other() -> None:
@@ -266,9 +295,11 @@ class NaiveIndex:
         return depths
 
 
-def play(index: BlockIndex, script: list[tuple[str, str, Path, Tier]]) -> NaiveIndex:
-    """Does the same to the index and to a naive one, checking the index all the time. Workers keep
-    their promise in every reach of tiers."""
+def play(
+    index: BlockIndex, script: list[tuple[str, str, Path, Tier]], prompts: Sequence[Path] = ()
+) -> NaiveIndex:
+    """Does the same to the index and to a naive one, checking the index all the time, and what it
+    answers to these prompts. Workers keep their promise in every reach of tiers."""
     naive = NaiveIndex()
     for operation, worker, path, tier in script:
         if worker not in naive.held:
@@ -311,6 +342,9 @@ def play(index: BlockIndex, script: list[tuple[str, str, Path, Tier]]) -> NaiveI
             case _:
                 overlap(index, prefixes(path), tier)
         index.check_invariants()
+        for prompt in map(prefixes, prompts):
+            for slowest in Tier:
+                assert overlap(index, prompt, slowest) == naive.overlap(prompt, slowest)
     return naive
 
 
@@ -319,13 +353,10 @@ def test_a_roomy_index_agrees_with_sets(
     script: list[tuple[str, str, Path, Tier]], prompts: list[Path]
 ) -> None:
     index = BlockIndex(1 << 30)
-    naive = play(index, script)
+    naive = play(index, script, prompts)
     for worker, tiers in naive.held.items():
         assert {tier: index.held(ord(worker), tier) for tier in Tier} == tiers
         assert index.evicted_blocks(ord(worker)) == 0
-    for prompt in map(prefixes, prompts):
-        for tier in Tier:
-            assert overlap(index, prompt, tier) == naive.overlap(prompt, tier)
 
 
 @given(
