@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 from random import Random
 from typing import NamedTuple
@@ -86,21 +86,19 @@ class Decider:
         found: Found,
         wishes: Wishes,
         *,
-        excluded: Iterable[InstanceId] = (),
+        excluded: Collection[InstanceId] = (),
         prompt: Prompt = Prompt.OPEN,
     ) -> Record | None:
         """Who runs the request; None when nobody can. Not kept."""
         if prompt is Prompt.OPEN and routing.keeps_prompt_local:
             prompt = Prompt.LOCAL
-        session_worker = self._sessions.worker(
-            routing.model, routing.options.session_id, self._loop.time()
-        )
+        session_worker = self._session_worker(routing)
         decision = decide(
             Request(
                 model=routing.model,
                 prompt_tokens=routing.prompt_tokens,
                 block_size_tokens=routing.block_size_tokens,
-                excluded=wishes.excluded.union(excluded),
+                excluded=wishes.excluded.union(excluded) if excluded else wishes.excluded,
                 pinned=wishes.pinned,
                 prompt=prompt,
                 session_worker=session_worker,
@@ -125,6 +123,12 @@ class Decider:
             lora_name=routing.lora_name,
         )
 
+    def _session_worker(self, routing: router_pb2.RoutingRequest) -> InstanceId | None:
+        if not routing.HasField("options"):
+            return None
+        session_id = routing.options.session_id
+        return self._sessions.worker(routing.model, session_id, self._loop.time())
+
     def keep(self, record: Record) -> None:
         """Remembers a decision that is carried out."""
         self._log.add(record)
@@ -133,7 +137,7 @@ class Decider:
         """The worker gets the request's prompt, to compute or to pull."""
         if worker.block_size_tokens == routing.block_size_tokens:
             self._known.sent(worker, routing.sequence_hashes)
-        if worker.role is Role.DECODE:
+        if worker.role is Role.DECODE and routing.HasField("options"):
             self._sessions.served(
                 routing.model,
                 routing.options.session_id,

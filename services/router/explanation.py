@@ -20,9 +20,7 @@ _HANDOVERS = {
     Handover.COMPUTED: router_pb2.HANDOVER_COMPUTED,
 }
 _SAID = router_pb2.Candidate.DESCRIPTOR.fields_by_name
-_TERMS = [
-    field.name for field in fields(Candidate) if field.name in _SAID and field.name != "worker"
-]
+_TERMS = [name for name in Candidate._fields if name in _SAID and name != "worker"]
 _WEIGHTS = [field.name for field in fields(Weights)]
 """Terms and weights have the same names here and there."""
 _PICKS = {

@@ -32,8 +32,9 @@ _ROLES = {
 class Member:
     """A worker and the way to it.
 
-    A session of the router's own, without requests, tells its load and whether it lives. A worker
-    that has left discovery drains: it gets nothing new, and is forgotten when its session ends.
+    A session of the router's own, without requests, tells its load and whether it lives. While
+    frontends' sessions tell the load, too, that one gets no credit to do so. A worker that has left
+    discovery drains: it gets nothing new, and is forgotten when its session ends.
     """
 
     def __init__(self, worker: Worker, address: str, files_checksum: str) -> None:
@@ -44,6 +45,10 @@ class Member:
         """Whether most workers of the model have the same tokenizer and template."""
         self.is_listed = True
         self._is_connected = False
+        self._control: WorkerLink | None = None
+        self._unread = 0
+        """Responses of the control session that it got no credit back for."""
+        self._links = 0
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
             self._channel
@@ -55,13 +60,25 @@ class Member:
         self.is_listed = is_listed
         self.worker.is_available = is_listed and self._is_connected
 
+    def link_opened(self) -> None:
+        """Another session to the worker tells its load."""
+        self._links += 1
+
+    def link_closed(self) -> None:
+        """It does so no longer."""
+        self._links -= 1
+        if not self._links and self._control is not None:
+            self._control.consumed(self._unread)
+            self._unread = 0
+
     async def run(self) -> None:
         """Keeps the control session up until the worker is neither listed nor there."""
         try:
             while True:
-                link = WorkerLink(
+                link = self._control = WorkerLink(
                     self.worker, self.stub, CONTROL_WINDOW_RESPONSES, self._on_response
                 )
+                self._unread = 0
                 try:
                     await link.run()
                 except grpc.aio.AioRpcError as error:
@@ -82,7 +99,10 @@ class Member:
             await self._channel.close()
 
     def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
-        link.consumed(1)
+        if self._links:
+            self._unread += 1
+        else:
+            link.consumed(1)
         if self.is_listed and not self.worker.is_available:
             log.info("worker connected", worker=self.worker.name, address=self.address)
         self._is_connected = True

@@ -16,6 +16,7 @@ CACHED_TOKENS = Counter(
     "Prompt tokens that the engines of chosen workers found cached, and what was predicted of them",
     ["by"],
 )
+_PREDICTED, _REPORTED = CACHED_TOKENS.labels("predicted"), CACHED_TOKENS.labels("reported")
 
 
 class OverlapCheck:
@@ -34,9 +35,14 @@ class OverlapCheck:
         if has_events and not record.are_overlaps_known:
             return  # Nothing was predicted.
         predicted_tokens = record.predicted_cached_tokens(by)
-        CACHED_TOKENS.labels("predicted").inc(predicted_tokens)
-        CACHED_TOKENS.labels("reported").inc(reported_tokens)
-        agreement = self._agreements.setdefault(worker.instance_id, Agreement())
+        if predicted_tokens:
+            _PREDICTED.inc(predicted_tokens)
+        if reported_tokens:
+            _REPORTED.inc(reported_tokens)
+        agreement = self._agreements.get(worker.instance_id)
+        if agreement is None:
+            agreement = self._agreements[worker.instance_id] = Agreement()
+        reason_before = agreement.reason
         agreement.add(
             Outcome(
                 predicted_tokens=predicted_tokens,
@@ -48,8 +54,8 @@ class OverlapCheck:
                 has_common_files=self._fleet.has_common_files(worker),
             )
         )
-        reason = agreement.reason
-        self._degraded.report(worker.name, [] if reason is None else [reason.value])
+        if (reason := agreement.reason) is not reason_before:
+            self._degraded.report(worker.name, [] if reason is None else [reason.value])
 
     def _forget(self, worker: Worker) -> None:
         self._agreements.pop(worker.instance_id, None)

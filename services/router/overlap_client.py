@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
 import grpc
 from prometheus_client import Histogram
@@ -15,7 +16,6 @@ from libs.common.gathering import Gathering
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
-from services.router.core.workers import InstanceId
 from services.router.degraded import NO_KV_INDEXER, Degraded
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
@@ -148,10 +148,12 @@ def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> lis
     """Raises ValueError for an answer that does not fit the question."""
     if len(response.overlaps) != queries:
         raise ValueError(f"{len(response.overlaps)} overlaps for {queries} queries")
-    return [
-        dict(zip(map(InstanceId, found.instance_ids), found.blocks, strict=True))
-        for found in response.overlaps
+    # Slices are lists, read much faster than the fields.
+    found = [
+        dict(zip(overlap.instance_ids[:], overlap.blocks[:], strict=True))
+        for overlap in response.overlaps
     ]
+    return cast("list[Overlaps]", found)
 
 
 @asynccontextmanager

@@ -34,6 +34,7 @@ from services.router.core.decision import Candidate, Prompt
 from services.router.core.decision_log import Record
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 from services.router.decider import Decider, Found
+from services.router.fleet import Member
 from services.router.overlap_check import OverlapCheck
 from services.router.routing_options import Wishes
 from services.router.worker_link import Handle, WorkerLink
@@ -53,6 +54,7 @@ slow frontend are many times as large as tokens."""
 REQUESTS = Counter(
     "switchgear_router_requests_total", "Requests given to a decode worker, by how", ["mode"]
 )
+_WHOLE, _DISAGGREGATED = REQUESTS.labels("whole"), REQUESTS.labels("disaggregated")
 PREFILL_FALLBACKS = Counter(
     "switchgear_router_prefill_fallbacks_total",
     "Prompts that a decode worker computed because the prefill leg failed",
@@ -112,7 +114,7 @@ class _Request:
         self.deadline: float | None = None
         if submit.routing.HasField("timeout"):
             self.deadline = now + grpc_errors.seconds_of(submit.routing.timeout)
-        self.excluded = {InstanceId(i) for i in submit.routing.excluded_instance_ids}
+        self.excluded = set(map(InstanceId, submit.routing.excluded_instance_ids))
         self.found = Found({}, are_known=True)
         self.trace = request_trace.follow(submit.routing)
         """None when it is not sampled, and once it has ended."""
@@ -329,15 +331,16 @@ class Relay:
 
     def _send_decode(self, request: _Request, worker: Worker, booking: Booking) -> None:
         routed = self._pending.routed.add(handle=request.handle)
-        routed.decode_worker.instance_id = worker.instance_id
-        routed.decode_worker.name = worker.name
+        decode_worker = routed.decode_worker
+        decode_worker.instance_id = worker.instance_id
+        decode_worker.name = worker.name
         leg = worker_pb2.LEG_WHOLE
         if request.kv_session is not None and request.prefill is not None:
             leg = worker_pb2.LEG_DECODE
             routed.prefill_worker.instance_id = request.prefill.instance_id
             routed.prefill_worker.name = request.prefill.name
             routed.prefill_cached_tokens = request.prefill_cached_tokens
-        REQUESTS.labels("disaggregated" if request.kv_session is not None else "whole").inc()
+        (_WHOLE if request.kv_session is None else _DISAGGREGATED).inc()
         self._touch()
         self._send(request, worker, leg, booking)
 
@@ -391,18 +394,20 @@ class Relay:
                 worker, member.stub, self._settings.window_responses, self._on_response
             )
             self._links[worker.instance_id] = link
-            self._spawn(self._run(link))
+            self._spawn(self._run(link, member))
         return link
 
     # From the workers.
 
-    async def _run(self, link: WorkerLink) -> None:
+    async def _run(self, link: WorkerLink, member: Member) -> None:
         reason = "the worker ended the session"
+        member.link_opened()
         try:
             await link.run()
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
         finally:
+            member.link_closed()
             del self._links[link.worker.instance_id]
             on_it = [request for request in self._requests.values() if request.link is link]
             if on_it:

@@ -176,7 +176,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         wishes = self._decider.wishes(routing)
         [found] = await self._decider.find_overlaps([routing], [""])
         record = self._decider.decide(
-            routing, found, wishes, excluded=map(InstanceId, routing.excluded_instance_ids)
+            routing,
+            found,
+            wishes,
+            excluded=[InstanceId(instance) for instance in routing.excluded_instance_ids],
         )
         if record is None:
             raise self._decider.nobody(routing.model, wishes)

@@ -6,8 +6,8 @@ a cause that somebody should see to, and which way the two differ hints at it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 MEMORY = 1 - 1 / 32
 """What remains of the past with every request: some 32 of them count."""
@@ -39,8 +39,7 @@ class Reason(Enum):
     """The worker has no KV events, and what it was given is a bad guess at what it holds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One prompt that an engine has computed."""
 
     predicted_tokens: int
@@ -88,14 +87,17 @@ class Agreement:
         self._cached_tokens = self._cached_tokens * MEMORY + cached
         self._more_tokens = self._more_tokens * MEMORY + max(0, excess)
         self._less_tokens = self._less_tokens * MEMORY + max(0, -excess)
-        for cause, is_given in (
-            (Reason.BLOCK_SIZE, not outcome.is_block_size_right),
-            (Reason.TOKENIZER_OR_TEMPLATE, not outcome.has_common_files),
-            (Reason.ADAPTER, outcome.has_adapter),
-            (Reason.ESTIMATE_WRONG, not outcome.has_events),
-        ):
-            past = self._of_cause.get(cause, 0.0) * MEMORY
-            self._of_cause[cause] = past + (abs(excess) if is_given else 0)
+        for cause in self._of_cause:
+            self._of_cause[cause] *= MEMORY
+        if excess:
+            for cause, is_given in (
+                (Reason.BLOCK_SIZE, not outcome.is_block_size_right),
+                (Reason.TOKENIZER_OR_TEMPLATE, not outcome.has_common_files),
+                (Reason.ADAPTER, outcome.has_adapter),
+                (Reason.ESTIMATE_WRONG, not outcome.has_events),
+            ):
+                past = self._of_cause.get(cause, 0.0)
+                self._of_cause[cause] = past + (abs(excess) if is_given else 0)
         if self._requests >= MIN_REQUESTS:
             self.reason = self._judge()
 

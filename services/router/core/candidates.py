@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 
@@ -43,8 +42,7 @@ Overlaps = Mapping[InstanceId, int | TieredOverlap]
 number is of blocks on the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One worker's terms, in tokens but for blocks and requests."""
 
     worker: Worker
@@ -101,6 +99,17 @@ class Candidates(Sequence[Candidate]):
             self._read(overlaps, block_size_tokens)
         self.new_tokens = self._new_tokens(block_size_tokens) if is_prefill_local else None
         """Prompt tokens that the worker would compute; None when they are computed elsewhere."""
+        self.decode_tokens = self._decode_tokens()
+        """KV that the worker would hold, this prompt's included."""
+        self.stalled_tokens = self._stalled_tokens()
+        """Prompt tokens to compute, once for each request that stands still meanwhile."""
+        self.overflow_tokens = [
+            tokens - worker.kv_room_tokens if tokens > worker.kv_room_tokens else 0
+            for tokens, worker in zip(self.decode_tokens, workers, strict=True)
+        ]
+        """KV for which there is no room, so that somebody must wait for others to end."""
+        self._order: Sequence[int] = ()
+        """Positions, cheapest first; empty until somebody asks."""
 
     def _read(self, overlaps: Overlaps, block_size_tokens: int) -> None:
         held = overlaps.get
@@ -130,9 +139,7 @@ class Candidates(Sequence[Candidate]):
             new[position] = round(new[position] + tokens)
         return new
 
-    @cached_property
-    def decode_tokens(self) -> list[int]:
-        """KV that the worker would hold, this prompt's included."""
+    def _decode_tokens(self) -> list[int]:
         if not self.is_decoding:
             return [0] * len(self.workers)
         needed = self._needed
@@ -148,21 +155,11 @@ class Candidates(Sequence[Candidate]):
             for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
         ]
 
-    @cached_property
-    def stalled_tokens(self) -> list[int]:
-        """Prompt tokens to compute, once for each request that stands still meanwhile."""
+    def _stalled_tokens(self) -> list[int]:
         if self.new_tokens is None or not self.is_decoding:
             return [0] * len(self.workers)
         return [
             new * requests for new, requests in zip(self.new_tokens, self.requests, strict=True)
-        ]
-
-    @cached_property
-    def overflow_tokens(self) -> list[int]:
-        """KV for which there is no room, so that somebody must wait for others to end."""
-        return [
-            tokens - worker.kv_room_tokens if tokens > worker.kv_room_tokens else 0
-            for tokens, worker in zip(self.decode_tokens, self.workers, strict=True)
         ]
 
     def at(self, position: int) -> Candidate:
@@ -183,10 +180,6 @@ class Candidates(Sequence[Candidate]):
             self.overflow_tokens[position],
         )
 
-    @cached_property
-    def _order(self) -> list[int]:
-        return sorted(range(len(self.workers)), key=self.costs.__getitem__)
-
     def __len__(self) -> int:
         return len(self.workers)
 
@@ -195,6 +188,8 @@ class Candidates(Sequence[Candidate]):
     @overload
     def __getitem__(self, index: slice) -> list[Candidate]: ...
     def __getitem__(self, index: int | slice) -> Candidate | list[Candidate]:
+        if not self._order:
+            self._order = sorted(range(len(self.workers)), key=self.costs.__getitem__)
         if isinstance(index, slice):
             return [self.at(position) for position in self._order[index]]
         return self.at(self._order[index])

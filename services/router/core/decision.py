@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
+from typing import NamedTuple
 
 from services.router.core.candidates import Candidate, Candidates, Overlaps
 from services.router.core.policies import KV, NEVER, POLICIES, Weights
@@ -105,8 +106,7 @@ class Request:
     """Who served its session last."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Who runs a request, and everyone who was considered, cheapest first."""
 
     decode: Candidate

@@ -7,10 +7,9 @@ requests between two steps does not all go to the same worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from itertools import count
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from services.router.core.estimated_holdings import EstimatedHoldings
 
@@ -29,8 +28,7 @@ class Role(Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """A worker's load as it said. See switchgear.common.v1.WorkerLoad."""
 
     running_requests: int = 0
@@ -40,8 +38,7 @@ class Load:
     total_kv_blocks: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Booking:
+class Booking(NamedTuple):
     """Work that a worker has been given, or will be, and has not counted yet."""
 
     prefill_tokens: int
