@@ -4,6 +4,7 @@ happens to requests is counted as it happens, once for each request."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -28,6 +29,7 @@ PROMPT_TOKENS = Counter(
     " transferred.",
     ["source"],
 )
+_COMPUTED, _CACHED, _TRANSFERRED = map(PROMPT_TOKENS.labels, ("computed", "cached", "transferred"))
 QUEUE_SECONDS = Histogram(
     "switchgear_worker_queue_seconds",
     "From a request's arrival to when the engine began with its prompt.",
@@ -41,15 +43,25 @@ TRANSFER_SECONDS = Histogram(
 )
 
 
+@cache
+def _requests(leg: Leg, outcome: str) -> Counter:
+    return REQUESTS.labels(leg.name.lower(), outcome)
+
+
+@cache
+def _queue_seconds(leg: Leg) -> Histogram:
+    return QUEUE_SECONDS.labels(leg.name.lower())
+
+
 def request_ended(leg: Leg, outcome: str) -> None:
     """The outcome is a finish reason, or `prefilled`."""
-    REQUESTS.labels(leg.name.lower(), outcome).inc()
+    _requests(leg, outcome).inc()
 
 
 def prompt_started(leg: Leg, prompt_tokens: int, start: Start) -> None:
     """A prompt is computed and its first token there."""
     _prompt_tokens(prompt_tokens, start.cached_tokens, start.transferred_tokens)
-    QUEUE_SECONDS.labels(leg.name.lower()).observe(start.queue_seconds)
+    _queue_seconds(leg).observe(start.queue_seconds)
     if start.transfer_seconds:
         TRANSFER_SECONDS.observe(start.transfer_seconds)
 
@@ -58,14 +70,15 @@ def prompt_prefilled(prompt_tokens: int, prefilled: Prefilled) -> None:
     """A prompt is computed for others."""
     request_ended(Leg.PREFILL, "prefilled")
     _prompt_tokens(prompt_tokens, prefilled.cached_tokens, 0)
-    QUEUE_SECONDS.labels("prefill").observe(prefilled.queue_seconds)
+    _queue_seconds(Leg.PREFILL).observe(prefilled.queue_seconds)
 
 
 def _prompt_tokens(prompt_tokens: int, cached_tokens: int, transferred_tokens: int) -> None:
-    PROMPT_TOKENS.labels("cached").inc(cached_tokens)
-    PROMPT_TOKENS.labels("transferred").inc(transferred_tokens)
-    computed_tokens = prompt_tokens - cached_tokens - transferred_tokens
-    PROMPT_TOKENS.labels("computed").inc(max(0, computed_tokens))
+    if cached_tokens:
+        _CACHED.inc(cached_tokens)
+    if transferred_tokens:
+        _TRANSFERRED.inc(transferred_tokens)
+    _COMPUTED.inc(max(0, prompt_tokens - cached_tokens - transferred_tokens))
 
 
 class WorkerCollector(Collector):

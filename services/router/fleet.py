@@ -22,6 +22,9 @@ log = logs.get(__name__)
 
 RECONNECT_SECONDS = 0.25
 CONTROL_WINDOW_RESPONSES = 4
+CONTROL_REST_SECONDS = 0.5
+"""In which the control session tells no more than a window of what other sessions tell, too. They
+may be stuck behind a frontend that does not read."""
 
 _ROLES = {
     discovery_pb2.ROLE_PREFILL_WORKER: Role.PREFILL,
@@ -33,7 +36,7 @@ class Member:
     """A worker and the way to it.
 
     A session of the router's own, without requests, tells its load and whether it lives. While
-    frontends' sessions tell the load, too, that one gets no credit to do so. A worker that has left
+    frontends' sessions tell the load, too, that one hardly gets credit to. A worker that has left
     discovery drains: it gets nothing new, and is forgotten when its session ends.
     """
 
@@ -45,10 +48,8 @@ class Member:
         """Whether most workers of the model have the same tokenizer and template."""
         self.is_listed = True
         self._is_connected = False
-        self._control: WorkerLink | None = None
-        self._unread = 0
-        """Responses of the control session that it got no credit back for."""
-        self._links = 0
+        self.links = 0
+        """Frontends' sessions to it, which tell its load as soon as its own does."""
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
             self._channel
@@ -60,25 +61,13 @@ class Member:
         self.is_listed = is_listed
         self.worker.is_available = is_listed and self._is_connected
 
-    def link_opened(self) -> None:
-        """Another session to the worker tells its load."""
-        self._links += 1
-
-    def link_closed(self) -> None:
-        """It does so no longer."""
-        self._links -= 1
-        if not self._links and self._control is not None:
-            self._control.consumed(self._unread)
-            self._unread = 0
-
     async def run(self) -> None:
         """Keeps the control session up until the worker is neither listed nor there."""
         try:
             while True:
-                link = self._control = WorkerLink(
+                link = WorkerLink(
                     self.worker, self.stub, CONTROL_WINDOW_RESPONSES, self._on_response
                 )
-                self._unread = 0
                 try:
                     await link.run()
                 except grpc.aio.AioRpcError as error:
@@ -99,8 +88,8 @@ class Member:
             await self._channel.close()
 
     def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
-        if self._links:
-            self._unread += 1
+        if self.links:
+            asyncio.get_running_loop().call_later(CONTROL_REST_SECONDS, link.consumed, 1)
         else:
             link.consumed(1)
         if self.is_listed and not self.worker.is_available:

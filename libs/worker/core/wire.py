@@ -131,7 +131,7 @@ def engine_request(submit: worker_pb2.Submit, key: RequestKey, limits: Limits) -
         )
     if not generation.request_id:
         raise InvalidRequest("request_id must not be empty", param="request_id")
-    prompt = list(generation.token_ids)
+    prompt = generation.token_ids[:]
     if not prompt:
         raise InvalidRequest("token_ids must not be empty", param="token_ids")
     pooling = _pooling(generation, limits)

@@ -369,7 +369,7 @@ class BlockIndex:
             guess = holders.end
             if (
                 low < guess < ahead[-1][0]
-                and find(prompt[guess - 1]) is holders
+                and (low == guess - 1 or find(prompt[guess - 1]) is holders)
                 and (following := find(prompt[guess])) is not holders
             ):
                 high = guess
@@ -393,10 +393,8 @@ class BlockIndex:
                     step = holders.step = of_model.step(holding, theirs)
                 _, _, holding, leaving = step
                 if leaving:
-                    if len(leaving) == 1:
-                        depths[leaving[0]] = high
-                    else:
-                        depths.update(dict.fromkeys(leaving, high))
+                    for instance in leaving:
+                        depths[instance] = high
                     deepest = high
                 if following is None:
                     break

@@ -316,6 +316,31 @@ async def test_a_frontend_that_does_not_read_gets_merged_steps(stand: Stand) -> 
     session.call.cancel()
 
 
+async def test_a_workers_load_is_known_while_and_after_a_frontends_session_tells_it(
+    stand: Stand,
+) -> None:
+    worker = await stand.add(DECODE, "d", SLOW)
+    [known] = stand.fleet.workers
+    session = Session(stand)
+    await session.open()
+    for handle in range(1, 30):
+        await session.submit(handle, [handle], 2)
+        await session.read_until(lambda handle=handle: handle in session.finished)  # type: ignore[misc]
+    async with grpc.aio.insecure_channel(worker.instance.address) as channel:
+        others = worker_pb2_grpc.WorkerServiceStub(channel).Session()
+        submit = worker_pb2.Submit(
+            handle=1,
+            generation=generation([1], 100_000).SerializeToString(),
+            leg=worker_pb2.LEG_WHOLE,
+        )
+        message = worker_pb2.SessionRequest(sequence_number=1, window_responses=4, submits=[submit])
+        await others.write(message)
+        await until(lambda: known.load.running_requests == 1)
+        session.call.cancel()
+        others.cancel()
+        await until(lambda: known.load.running_requests == 0)
+
+
 async def test_a_handle_used_twice_ends_the_session(stand: Stand) -> None:
     await stand.add(DECODE, "d", SLOW)
     session = Session(stand)
