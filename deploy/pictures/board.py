@@ -30,6 +30,9 @@ _HEADROOM = 1.03
 """So that a line at the highest tick is seen whole."""
 _SWATCH, _LEGEND_GAP = 0.17, 0.16
 
+_Lines = list[list[tuple[float, int | None, str]]]
+"""Entries that stand side by side: where each begins, its number, and its text."""
+
 
 def figure(board: Dashboard, watched: Watched) -> Figure:
     """Title, what happened in the run, and all panels."""
@@ -184,10 +187,6 @@ class _Drawn:
         self.figure.add_artist(
             Rectangle(corner, width / self._width, height / self._height, facecolor=colour, **style)
         )
-
-
-_Lines = list[list[tuple[float, int | None, str]]]
-"""Entries that stand side by side: where each begins, its number, and its text."""
 
 
 def _flowing(texts: Sequence[str], size: float, lead: float, gap: float, width: float) -> _Lines:

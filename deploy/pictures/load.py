@@ -27,11 +27,7 @@ _RULES = (
 _RULES_TIMES = 12
 """A system prompt of some 450 tokens: worth a prefill worker, and to be found again."""
 
-_DOCUMENT_TIMES = 40
-"""So long that a prefill worker that is killed has one in hand."""
-
-_KINDS = {"conversation": 16, "document": 16, "leaves": 2, "too_long": 1, "unknown_model": 1}
-"""How often each kind of client comes."""
+_DOCUMENT_SENTENCES = 40
 
 
 def document(title: str, sentences: int) -> list[dict[str, str]]:
@@ -61,10 +57,17 @@ class _Client:
         self._http, self._model, self._chance = http, model, chance
 
     async def run(self) -> None:
+        how_often = {
+            self._conversation: 16,
+            self._document: 16,
+            self._leaves: 2,
+            self._too_long: 1,
+            self._unknown_model: 1,
+        }
         while True:
-            [kind] = self._chance.choices(list(_KINDS), list(_KINDS.values()))
+            [kind] = self._chance.choices(list(how_often), list(how_often.values()))
             try:
-                await getattr(self, f"_{kind}")()
+                await kind()
                 await asyncio.sleep(self._chance.uniform(0, PAUSE_SECONDS))
             except httpx.HTTPError:
                 # Expected when queues are full or workers dead; the metrics count it.
@@ -81,7 +84,7 @@ class _Client:
             ]
 
     async def _document(self) -> None:
-        async for _ in self._stream(document(str(self._chance.random()), _DOCUMENT_TIMES)):
+        async for _ in self._stream(document(str(self._chance.random()), _DOCUMENT_SENTENCES)):
             pass
 
     async def _leaves(self) -> None:
