@@ -13,7 +13,7 @@ from typing import Any
 
 import regex
 
-from services.frontend.parsers.call_stage import CallStage
+from services.frontend.parsers.call_stage import CallStage, Step
 from services.frontend.parsers.calls import MAX_NAME_CHARACTERS
 from services.frontend.parsers.events import Output
 from services.frontend.parsers.hermes import CLOSING, OPENING
@@ -110,9 +110,11 @@ class XmlCall:
         self._accepts = accepts
         self._begun = begun
         self._held = begun
+        self._rest: str | None = None
+        """What follows, once that is known."""
+        self._step: Step = self._read_header
         self._name = ""
         self._has_parameters = False
-        self._is_in_value = False
         self._value_types: frozenset[str] = frozenset()
         self._value: list[str] = []
         """Of a value that is no text."""
@@ -121,21 +123,15 @@ class XmlCall:
 
     def feed(self, text: str) -> str | None:
         self._held += text
-        while True:
-            if not self.is_call:
-                rest = self._read_header()
-            elif self._is_in_value:
-                rest = self._read_value()
-            else:
-                rest = self._read_parameter()
-            if rest is not _GO_ON:
-                return rest
+        while self._held and self._step():
+            pass
+        return self._rest
 
     def finish(self) -> str:
+        held, self._held = self._held, ""
         if not self.is_call:
-            return self._rest(len(self._begun))
-        held = self._rest(0)
-        if self._is_in_value:
+            return held[len(self._begun) :]
+        if self._step == self._read_value:
             self._begins_value = False
             self._add_value(held)
             self._output.arguments("".join(self._value))
@@ -143,42 +139,44 @@ class XmlCall:
             self._output.arguments(held)
         return ""
 
-    def _read_header(self) -> str | None:
+    def _read_header(self) -> bool:
         match = self._marks.header.match(self._held, partial=True)
         if match is not None and match.partial:
-            return None
+            return False
         if match is None or not self._is_accepted(match):
-            return self._rest(len(self._begun))
+            return self._end(len(self._begun))
         self._name = match.group(1)
         self._held = self._held[match.start(2) :]
         self.is_call = True
         self._output.call(self._name)
         self._output.arguments("{")
-        return _GO_ON
+        self._step = self._read_parameter
+        return True
 
     def _is_accepted(self, match: regex.Match[str]) -> bool:
         return self._accepts(match.group(1), not match.group(2).startswith("</"))
 
-    def _read_parameter(self) -> str | None:
+    def _read_parameter(self) -> bool:
         """Between parameters."""
         begin = self._marks.parameter.match(self._held, partial=True)
         end = self._marks.end.match(self._held, partial=True)
         if begin is not None and not begin.partial:
             self._begin_value(begin.group(1).strip())
             self._held = self._held[begin.end() :]
-            return _GO_ON
+            return True
         if end is not None and not end.partial:
             self._output.arguments("}")
-            return self._rest(end.end())
+            return self._end(end.end())
         if begin is not None or end is not None:
-            return None
+            return False
         self.is_broken = True
-        return self._rest(0)
+        return self._end(0)
 
     def _begin_value(self, key: str) -> None:
         separator = ", " if self._has_parameters else ""
         self._output.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
-        self._has_parameters = self._is_in_value = self._begins_value = True
+        self._has_parameters = self._begins_value = True
+        self._step = self._read_value
         self._value_types = self._types(self._name, key)
         self._value = []
         if self._is_text:
@@ -189,7 +187,7 @@ class XmlCall:
         """Where nothing is known of a value it is a text."""
         return not self._value_types - {"string"}
 
-    def _read_value(self) -> str | None:
+    def _read_value(self) -> bool:
         marks = self._marks
         at, mark = find_mark(self._held, marks.value_end, *marks.later_marks)
         if self._begins_value and marks.trims_line_breaks and self._held.startswith("\n") and at:
@@ -206,12 +204,12 @@ class XmlCall:
             self._add_value(text)
         if not mark:
             self._held = self._held[len(text) :]
-            return None
+            return False
         self._end_value()
         self._held = self._held[len(text) + gap :]
         if mark == marks.value_end:
             self._held = self._held[len(mark) :]
-        return _GO_ON
+        return True
 
     def _add_value(self, text: str) -> None:
         if self._is_text:
@@ -220,17 +218,14 @@ class XmlCall:
             self._value.append(text)
 
     def _end_value(self) -> None:
-        self._is_in_value = False
+        self._step = self._read_parameter
         value = '"' if self._is_text else json_of("".join(self._value), self._value_types)
         self._output.arguments(value)
 
-    def _rest(self, begin: int) -> str:
-        rest, self._held = self._held[begin:], ""
-        return rest
-
-
-_GO_ON: str = "\x00go on"
-"""There is more to be read in what is held. Compared by identity."""
+    def _end(self, begin: int) -> bool:
+        """All from there on is not the call's."""
+        self._rest, self._held = self._held[begin:], ""
+        return False
 
 
 class XmlStage(CallStage):
