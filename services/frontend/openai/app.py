@@ -329,6 +329,7 @@ def _model_object(name: str, facts: KnownModel, problem: str) -> dict[str, Any]:
         "created": facts.created_unix_seconds,
         "owned_by": "switchgear",
         "root": facts.name,
+        "task": "embed" if facts.pooling_tasks else "generate",
         "max_model_len": facts.context_length_tokens,
         "ready": not problem,
         "not_ready_reason": problem or None,

@@ -201,6 +201,7 @@ def _answers() -> dict[str, _Schema]:
             created=_COUNT,
             owned_by=_TEXT,
             root=_TEXT,
+            task={"enum": ["generate", "embed"]},
             max_model_len=_COUNT,
             ready={"type": "boolean", "description": "Whether a request would be taken now."},
             not_ready_reason=_nullable(_TEXT),

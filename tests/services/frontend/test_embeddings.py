@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from libs.common import tracing
 from libs.common.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerLost
 from libs.common.hashing import sequence_hashes
 from switchgear.common.v1 import generation_pb2
 from tests.fixtures.eventually import until
+from tests.fixtures.spans import KeptSpans
 from tests.services.frontend.byte_model import BLOCK_TOKENS, CONTEXT_TOKENS, NAME, card, tokens
 from tests.services.frontend.fake_router import (
     STOP,
@@ -226,6 +228,8 @@ async def test_a_model_that_embeds_refuses_to_generate(
         assert answer.status_code == 400
         assert f"'{NAME}' only supports embeddings" in answer.json()["error"]["message"]
         assert router.calls == []
+        listed = (await started.client.get("/v1/models")).json()["data"]
+        assert [model["task"] for model in listed] == ["embed"]
 
 
 async def test_inputs_run_side_by_side_up_to_the_bound(tmp_path: Path) -> None:
@@ -339,6 +343,27 @@ async def test_a_worker_that_sends_no_vector_is_a_bug(tmp_path: Path) -> None:
 
     async with embedding(tmp_path, behave) as (_, started):
         assert (await embed(started, "a")).status_code == 500
+
+
+async def test_the_inputs_of_a_call_are_one_trace(tmp_path: Path) -> None:
+    sink = KeptSpans()
+    async with embedding(tmp_path, max_parallel_inputs=1) as (router, started):
+        with tracing.giving_to(sink):
+            trace_id = "0af7651916cd43dd8448eb211c80319c"
+            caller = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+            await started.client.post(
+                "/v1/embeddings", json={"model": NAME, "input": ["a", "c"]}, headers=caller
+            )
+    spans = [(span.name, attributes, error) for span, _, attributes, error in sink.ended]
+    requests = [one for one in spans if one[0] == f"embeddings {NAME}"]
+    assert [attributes["gen_ai.response.id"] for _, attributes, _ in requests] == [
+        call.generation.request_id for call in router.calls
+    ]
+    assert [(a["gen_ai.usage.input_tokens"], error) for _, a, error in requests] == [(1, "")] * 2
+    assert [name for name, _, _ in spans].count("attempt") == 2
+    for call in router.calls:
+        assert trace_id in call.generation.traceparent
+        assert call.submit.routing.traceparent == call.generation.traceparent
 
 
 async def test_keys_limits_and_allow_lists_hold(tmp_path: Path) -> None:
