@@ -32,6 +32,8 @@ async def test_the_page_has_every_endpoint_and_no_loose_end(tmp_path: Path) -> N
         "/v1/responses",
         "/v1/messages",
         "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/pooling",
         "/v1/models",
         "/v1/models/{model}",
         "/tokenize",

@@ -84,16 +84,17 @@ def test_errors(served: Served, is_responses: bool) -> None:
         model(served, "nobody", is_responses).invoke("Hi")
 
 
-def embeddings(served: Served, name: str) -> OpenAIEmbeddings:
-    options: Any = {"base_url": f"{served.url}/v1", "api_key": "none"}
+def embeddings(served: Served, name: str, **given: Any) -> OpenAIEmbeddings:
+    options: Any = {"base_url": f"{served.url}/v1", "api_key": "none", **given}
     return OpenAIEmbeddings(model=name, check_embedding_ctx_length=False, **options)
 
 
 async def test_embeddings(served: Served) -> None:
-    made = embeddings(served, VECTORS)
-    assert made.embed_query("Hi")[0] == 2
-    assert [one[0] for one in made.embed_documents(["a", "abc"])] == [1, 3]
-    assert (await made.aembed_query("Hi"))[0] == 2
+    async with openai.DefaultAsyncHttpxClient() as http:  # It would leave its own one open.
+        made = embeddings(served, VECTORS, http_async_client=http)
+        assert made.embed_query("Hi")[0] == 2
+        assert [one[0] for one in made.embed_documents(["a", "abc"])] == [1, 3]
+        assert (await made.aembed_query("Hi"))[0] == 2
 
 
 def test_a_model_that_generates_refuses_embeddings(served: Served) -> None:
