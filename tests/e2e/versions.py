@@ -143,4 +143,7 @@ def _specs_of(
     }
     moved = _PORT.sub(lambda port: ours.get(port[0], port[0]), done.stdout)
     specs = [ProcessSpec.model_validate(spec) for spec in json.loads(moved)]
-    return {spec.name: spec for spec in specs if spec.name.rpartition("-")[0] in SERVICES}
+    services = {spec.name: spec for spec in specs if spec.name.rpartition("-")[0] in SERVICES}
+    for spec in services.values():
+        assert spec.environment["PYTHONPATH"].startswith(str(files)), spec
+    return services
