@@ -35,22 +35,11 @@ from tests.fixtures.servers import ServerProcess
 from tests.services.frontend.byte_model import BLOCK_TOKENS, NAME, card
 from tests.services.frontend.fake_router import FakeRouter, fake_router, never_answers, says
 from tests.services.frontend.frontends import WORKER_ID, Frontend, file_server, frontend
+from tests.services.frontend.stored_keys import GOOD, stored, write
 from tests.services.frontend.test_inference_api import calling
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-GOOD = new_key(b"g" * 32)
 OTHER = new_key(b"o" * 32)
-
-
-def stored(key: str = GOOD, key_id: str = "good", **fields: object) -> access_pb2.ApiKey:
-    parsed = {"key_id": key_id, "key_sha256": digest_of(key).hex(), "tenant": key_id} | fields
-    return json_format.ParseDict(parsed, access_pb2.ApiKey())
-
-
-def write(path: Path, *keys: access_pb2.ApiKey) -> None:
-    replacement = path.with_suffix(".new")
-    replacement.write_text(json_format.MessageToJson(access_pb2.ApiKeys(keys=keys)))
-    replacement.replace(path)
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ from tests.services.frontend.fake_router import (
     never_answers,
 )
 from tests.services.frontend.frontends import Frontend, file_server, frontend
-from tests.services.frontend.test_access import stored, write
+from tests.services.frontend.stored_keys import stored, write
 
 START_SECONDS = 60
 TOKENS_PER_STEP = 3
