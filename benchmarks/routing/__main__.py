@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.routing import report, results, speed, trace
+from benchmarks.routing import report, results, speed, synthetic, trace
 from benchmarks.routing.replay import Replay, Terms
 from benchmarks.routing.results import Benchmark, Row, Run, Served
 from benchmarks.serving import environment
@@ -27,16 +27,24 @@ _RESULTS = REPOSITORY / "benchmarks" / "results"
 _DYNAMO_TIMEOUT_SECONDS = 600.0
 _BLOCK_SIZE_TOKENS = 16
 
+AZURE = "azure"
+CONVERSATIONS = "conversations"
+_CONVERSATIONS = 2_000
+_CONVERSATIONS_SEED = 1
+
 ROWS = {
     "8x2": Row(workers=8, speed_up=2),
     "16x4": Row(workers=16, speed_up=4),
     "8x1": Row(workers=8, speed_up=1),
     "8x3": Row(workers=8, speed_up=3),
     "16x4-shared": Row(workers=16, speed_up=4, system_prompt_tokens=8_192),
+    "2+6x2": Row(workers=6, speed_up=2, prefill_workers=2),
+    "conversations-8x2": Row(workers=8, speed_up=2, trace=CONVERSATIONS),
+    "azure-4x8": Row(workers=4, speed_up=8, trace=AZURE),
 }
 """8x3 is more than the workers can serve."""
 
-POLICIES = {"kv": "kv_router", "round-robin": "round_robin"}
+POLICIES = {"kv": "kv_router", "round-robin": "round_robin", "least-load": None}
 """Ours, and what Dynamo calls its like."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -51,14 +59,18 @@ def run(
         list[str] | None, typer.Option(help=f"Only these of {', '.join(ROWS)}; repeatable.")
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Only these; repeatable. kv and round-robin if none.")
+        list[str] | None, typer.Option(help="Only these; repeatable. All three if none.")
+    ] = None,
+    azure_trace: Annotated[
+        Path | None,
+        typer.Option(help="In Azure's format, for the rows of it.", exists=True, dir_okay=False),
     ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     dynamo: Annotated[bool, typer.Option(help="Dynamo, too.")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Replays at a time.")] = 1,
     folder: Annotated[Path, typer.Option("--results", help="Folder for results.")] = _RESULTS,
 ) -> None:
-    """Replay, keep the results as JSON, and write the report beside them."""
+    """Replay, keep the results as JSON, and write the report and the plot beside them."""
     unknown = set(row or ()) - ROWS.keys()
     if unknown:
         raise typer.BadParameter(f"no such row: {', '.join(sorted(unknown))}", param_hint="--row")
@@ -66,17 +78,22 @@ def run(
         raise typer.BadParameter("no .venv-dynamo here; use --no-dynamo", param_hint="--dynamo")
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows = [ROWS[name] for name in row or ROWS]
+    if azure_trace is None:
+        if row and any(one.trace == AZURE for one in rows):
+            raise typer.BadParameter("needed for such rows", param_hint="--azure-trace")
+        rows = [one for one in rows if one.trace != AZURE]
     names = policy or list(POLICIES)
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="switchgear-routing-") as scratch:
         tasks = []
         for one in rows:
-            variant = _variant(trace_file, one, requests, Path(scratch))
+            source = azure_trace if one.trace == AZURE else trace_file
+            variant = _variant(source, one, requests, Path(scratch))
             tasks += [(variant, one, name) for name in names]
         with ProcessPoolExecutor(max_workers=jobs) as pool:
             waiting = [pool.submit(_ours, *task) for task in tasks]
             if dynamo:
-                waiting += [pool.submit(_theirs, *task) for task in tasks if task[2] in POLICIES]
+                waiting += [pool.submit(_theirs, *task) for task in tasks if POLICIES.get(task[2])]
             for done in as_completed(waiting):
                 runs.append(done.result())
                 print(_line(runs[-1]), flush=True)
@@ -108,10 +125,30 @@ def show_speed() -> None:
 
 @app.command("report")
 def write_report(kept: Annotated[Path, typer.Argument(help="Results as JSON.")]) -> None:
-    """Write the report of kept results anew."""
-    page = report.markdown(Benchmark.model_validate_json(kept.read_text()))
+    """Write the report and the plot of kept results anew."""
+    benchmark = Benchmark.model_validate_json(kept.read_text())
+    page = report.markdown(benchmark)
+    if benchmark.runs:
+        _draw(kept)
+        page += f"\n![The same as bars]({kept.with_suffix('.png').name})\n"
     kept.with_suffix(".md").write_text(page)
     print(page)
+
+
+def _draw(kept: Path) -> None:
+    if not DYNAMO_PYTHON.is_file():
+        print("no plot: it takes .venv-dynamo, which make bench makes")
+        return
+    subprocess.run(
+        [
+            *(str(DYNAMO_PYTHON), "-m", "benchmarks.routing.plot"),
+            *(str(kept), str(kept.with_suffix(".png"))),
+        ],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        timeout=_DYNAMO_TIMEOUT_SECONDS,
+        check=True,
+    )
 
 
 def _keep(folder: Path, benchmark: Benchmark) -> None:
@@ -123,11 +160,16 @@ def _keep(folder: Path, benchmark: Benchmark) -> None:
 
 def _variant(trace_file: Path, row: Row, requests: int | None, scratch: Path) -> Path:
     """The trace as this row wants it: what both systems read."""
-    arrivals = trace.read(trace_file, requests=requests)
+    if row.trace == CONVERSATIONS:
+        arrivals = synthetic.conversations(_CONVERSATIONS, seed=_CONVERSATIONS_SEED)[:requests]
+    elif row.trace == AZURE:
+        arrivals = trace.read_azure(trace_file, requests=requests)
+    else:
+        arrivals = trace.read(trace_file, requests=requests)
     if row.system_prompt_tokens:
         blocks = row.system_prompt_tokens // trace.TRACE_BLOCK_TOKENS
         arrivals = trace.with_system_prompt(arrivals, blocks)
-    written = scratch / f"{row.system_prompt_tokens}.jsonl"
+    written = scratch / f"{row.trace}{row.system_prompt_tokens}.jsonl"
     trace.write(written, arrivals)
     return written
 
@@ -141,8 +183,12 @@ def _ours(trace_file: Path, row: Row, policy: str) -> Run:
 
     outcomes = Replay(
         trace.read(trace_file, speed_up=row.speed_up),
-        Policy(decode_policy=policy),
-        Terms(workers=row.workers, block_size_tokens=_BLOCK_SIZE_TOKENS),
+        Policy(prefill_policy=policy, decode_policy=policy),
+        Terms(
+            workers=row.workers,
+            prefill_workers=row.prefill_workers,
+            block_size_tokens=_BLOCK_SIZE_TOKENS,
+        ),
     ).run(progress)
     served = [
         Served(
@@ -152,14 +198,18 @@ def _ours(trace_file: Path, row: Row, policy: str) -> Run:
             itl_seconds=outcome.itl_seconds,
         )
         for outcome in outcomes
+        if not outcome.is_refused
     ]
-    return results.summary(row, "switchgear", policy, served, time.monotonic() - started)
+    refused = len(outcomes) - len(served)
+    seconds = time.monotonic() - started
+    return results.summary(row, "switchgear", policy, served, seconds, refused)
 
 
 def _theirs(trace_file: Path, row: Row, policy: str) -> Run:
     wanted = {
         "trace": str(trace_file),
         "workers": row.workers,
+        "prefill_workers": row.prefill_workers,
         "router_mode": POLICIES[policy],
         "speed_up": row.speed_up,
         "block_size_tokens": _BLOCK_SIZE_TOKENS,
@@ -180,7 +230,8 @@ def _theirs(trace_file: Path, row: Row, policy: str) -> Run:
     )
     told = json.loads(finished.stdout.splitlines()[-1])
     served = [Served.model_validate(one) for one in told["of"]]
-    run = results.summary(row, "dynamo", policy, served, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    run = results.summary(row, "dynamo", policy, served, seconds, told["refused"])
     # Counted by the same rule as ours: its own count must come out.
     assert run.met_goal == told["met_goal"], (run.met_goal, told["met_goal"])
     return run

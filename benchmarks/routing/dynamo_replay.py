@@ -10,10 +10,20 @@ def main() -> None:
     from dynamo._core import run_mocker_trace_replay
 
     wanted = json.loads(sys.argv[1])
+    engine = {"block_size": wanted["block_size_tokens"]}
+    workers = (
+        {
+            "prefill_engine_args": {"engine": engine | {"worker_type": "prefill"}},
+            "decode_engine_args": {"engine": engine | {"worker_type": "decode"}},
+            "num_prefill_workers": wanted["prefill_workers"],
+            "num_decode_workers": wanted["workers"],
+        }
+        if wanted["prefill_workers"]
+        else {"extra_engine_args": {"engine": engine}, "num_workers": wanted["workers"]}
+    )
     result = run_mocker_trace_replay(
         [wanted["trace"]],
-        {"engine": {"block_size": wanted["block_size_tokens"]}},
-        num_workers=wanted["workers"],
+        **workers,
         router_mode=wanted["router_mode"],
         trace_block_size=wanted["trace_block_tokens"],
         arrival_speedup_ratio=wanted["speed_up"],
@@ -29,8 +39,15 @@ def main() -> None:
             "itl_seconds": None if one["output_length"] < 2 else one["itl_ms"] / 1_000,
         }
         for one in result.per_request
+        if one["terminal_status"] == "completed"
     ]
-    print(json.dumps({"met_goal": result.summary["goodput_completed_requests"], "of": requests}))
+    summary = result.summary
+    told = {
+        "met_goal": summary["goodput_completed_requests"],
+        "refused": summary["num_requests"] - len(requests),
+        "of": requests,
+    }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

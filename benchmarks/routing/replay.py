@@ -5,6 +5,7 @@ indexer's, and decisions, loads and bookings are the router's. This module passe
 the services pass over the wire, when it would arrive:
 
     a request is decided on at its arrival, with the loads and the index as known then
+    a prompt that a prefill worker has computed is pulled by its decode worker in no time
     a worker's load comes with the message of every step, and takes over what was booked before
     its KV events are gathered for a while, as workers do, before the index has them
 """
@@ -24,10 +25,12 @@ from libs.engine.interface import (
     EngineBlocksStored,
     EngineKvEvent,
     EngineRequest,
+    KvSession,
     Leg,
+    Prefilled,
     RequestKey,
 )
-from libs.engine.sim.core.scheduler import Scheduler, SchedulerLimits
+from libs.engine.sim.core.scheduler import TRANSFER_BACKEND, Scheduler, SchedulerLimits
 from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
 from services.kv_indexer.core.index import BlockIndex
@@ -43,14 +46,20 @@ class Terms:
     """What is the same for all policies. The defaults are those of Dynamo's mocker."""
 
     workers: int
+    """Decode workers, which serve whole requests too."""
+    prefill_workers: int = 0
     block_size_tokens: int = 16
     kv_blocks: int = 16_384
     """Of each worker."""
     chunk_tokens: int = 8_192
     max_running_requests: int = 256
+    max_waiting_requests: int = 1_024
+    """At one worker, which refuses more: our workers' default."""
     timing: TimingModel = dynamo_mocker
     kv_event_lag_seconds: float = 0.05
     """Between a change of a worker's cache and the index knowing it."""
+    kv_lease_seconds: float = 30.0
+    """How long a prefill worker keeps a prompt's KV: our workers' default."""
     seed: int = 0
 
 
@@ -60,12 +69,15 @@ class Outcome:
 
     arrival: Arrival
     worker: InstanceId
+    """That produces its tokens."""
     predicted_cached_tokens: int
     """As the router knew when it decided."""
     cached_tokens: int = 0
     """As the engine found when it began."""
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    is_refused: bool = False
+    """By a worker with too many waiting: nothing else is known of it."""
 
     @property
     def ttft_seconds(self) -> float:
@@ -88,6 +100,16 @@ class _Engine:
     bookings: deque[Booking] = field(default_factory=deque)
 
 
+@dataclass(frozen=True, slots=True)
+class _Handover:
+    """What follows on a prefill leg."""
+
+    decode: _Engine
+    booking: Booking
+    """Of the decode worker, from the decision on."""
+    prompt: Sequence[int]
+
+
 class Replay:
     """One run."""
 
@@ -98,23 +120,31 @@ class Replay:
         self._random = Random(terms.seed)
         self._predicted = PredictedOverlap()
         self._index = BlockIndex(max_bytes=1 << 30)
-        self._engines = [self._engine(number) for number in range(terms.workers)]
+        self._engines = [
+            self._engine(number, Role.DECODE if number < terms.workers else Role.PREFILL)
+            for number in range(terms.workers + terms.prefill_workers)
+        ]
         self._workers = [engine.worker for engine in self._engines]
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = 0
         self._hashes: dict[RequestKey, list[int]] = {}
         """Of the prompts in progress."""
+        self._handovers: dict[RequestKey, _Handover] = {}
+        """Of the prompts that prefill workers compute."""
+        self._keepers: dict[str, _Engine] = {}
+        """Who has a prompt's KV, by session id."""
         self.outcomes: list[Outcome] = []
 
-    def _engine(self, number: int) -> _Engine:
+    def _engine(self, number: int, role: Role) -> _Engine:
         terms = self._terms
         instance = InstanceId(number + 1)
         worker = Worker(
             instance_id=instance,
-            name=f"decode-{number}",
-            role=Role.DECODE,
+            name=f"{role.value}-{number}",
+            role=role,
             model=MODEL,
             block_size_tokens=terms.block_size_tokens,
+            transfer_backend=TRANSFER_BACKEND,
         )
         worker.load = Load(total_kv_blocks=terms.kv_blocks)
         worker.is_available = True
@@ -125,11 +155,17 @@ class Replay:
             context_length_tokens=terms.kv_blocks * terms.block_size_tokens,
             max_running_requests=terms.max_running_requests,
             chunk_tokens=terms.chunk_tokens,
-            kv_lease_seconds=1.0,
+            kv_lease_seconds=terms.kv_lease_seconds,
         )
         # Produced tokens never equal prompt tokens: a trace says nothing of their reuse.
         vocabulary = range((1 << 32) - 1_024, 1 << 32)
-        scheduler = Scheduler(limits, terms.timing, TokenSource(vocabulary), engine_id=worker.name)
+        scheduler = Scheduler(
+            limits,
+            terms.timing,
+            TokenSource(vocabulary),
+            engine_id=worker.name,
+            endpoints=(worker.name,),
+        )
         return _Engine(scheduler, worker)
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
@@ -165,25 +201,47 @@ class Replay:
         request = Request(model=MODEL, prompt_tokens=len(prompt), block_size_tokens=size)
         decision = decide(request, self._workers, overlaps, self._policy, self._random)
         assert decision is not None
-        chosen = decision.decode
-        engine = self._engines[chosen.worker.instance_id - 1]
-        chosen.worker.book(chosen.booking)
-        engine.bookings.append(chosen.booking)
-        self._predicted.sent(chosen.worker.instance_id, hashes)
         key = RequestKey(len(self.outcomes))
+        decode = self._engines[decision.decode.worker.instance_id - 1]
+        first = decision.prefill or decision.decode
+        outcome = Outcome(arrival, decode.worker.instance_id, first.overlap_blocks * size)
+        self.outcomes.append(outcome)
+        engine = self._engines[first.worker.instance_id - 1]
+        if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:
+            outcome.is_refused = True
+            return
         self._hashes[key] = hashes
-        self.outcomes.append(
-            Outcome(arrival, chosen.worker.instance_id, chosen.overlap_blocks * size)
+        if decision.prefill is not None:
+            booking = decision.decode.booking
+            decode.worker.book(booking)
+            self._handovers[key] = _Handover(decode, booking, prompt)
+        engine.worker.book(first.booking)
+        engine.bookings.append(first.booking)
+        self._submit(
+            engine, key, prompt, now, Leg.WHOLE if decision.prefill is None else Leg.PREFILL
         )
+
+    def _submit(
+        self,
+        engine: _Engine,
+        key: RequestKey,
+        prompt: Sequence[int],
+        now: float,
+        leg: Leg,
+        kv_session: KvSession | None = None,
+    ) -> None:
+        hashes = self._hashes[key]
+        self._predicted.sent(engine.worker.instance_id, hashes)
         engine.scheduler.submit(
             EngineRequest(
                 key=key,
                 request_id="",
                 prompt=prompt,
                 last_sequence_hash=hashes[-1] if hashes else 0,
-                leg=Leg.WHOLE,
-                max_tokens=arrival.output_tokens,
+                leg=leg,
+                max_tokens=self.outcomes[key].arrival.output_tokens,
                 ignore_eos=True,
+                kv_session=kv_session,
             ),
             now,
         )
@@ -193,7 +251,15 @@ class Replay:
             self._at(now, lambda now: self._begin(engine, now))
 
     def _begin(self, engine: _Engine, now: float) -> None:
-        seconds = engine.scheduler.begin_step(now)
+        scheduler = engine.scheduler
+        seconds = scheduler.begin_step(now)
+        while pulls := scheduler.take_pulls():
+            for pull in pulls:
+                session_id = pull.kv_session.session_id
+                self._keepers.pop(session_id).scheduler.release(session_id, now)
+                scheduler.pulled(pull.key)
+            # Begun again, now with those whose prompt has come.
+            seconds = scheduler.begin_step(now)
         engine.is_stepping = seconds is not None
         if seconds is not None:
             self._at(now + seconds, lambda now: self._end(engine, now))
@@ -203,11 +269,15 @@ class Replay:
         for start in step.starts:
             outcome = self.outcomes[start.key]
             outcome.first_token_at = now
-            outcome.cached_tokens = start.cached_tokens
+            if start.key not in self._handovers:
+                outcome.cached_tokens = start.cached_tokens
+        for prefilled in step.prefilled:
+            self._hand_over(engine, prefilled, now)
         for finish in step.finishes:
             assert finish.error is None, finish.error
             self.outcomes[finish.key].last_token_at = now
             self._predicted.ended(engine.worker.instance_id, self._hashes.pop(finish.key))
+            self._handovers.pop(finish.key, None)
         self._tell_load(engine)
         if events := engine.scheduler.take_events():
             instance = engine.worker.instance_id
@@ -216,6 +286,15 @@ class Replay:
                 lambda _: self._index_events(instance, events),
             )
         self._begin(engine, now)
+
+    def _hand_over(self, engine: _Engine, prefilled: Prefilled, now: float) -> None:
+        key, session = prefilled.key, prefilled.kv_session
+        self.outcomes[key].cached_tokens = prefilled.cached_tokens
+        self._predicted.ended(engine.worker.instance_id, self._hashes[key])
+        self._keepers[session.session_id] = engine
+        to = self._handovers[key]
+        to.decode.bookings.append(to.booking)
+        self._submit(to.decode, key, to.prompt, now, Leg.DECODE, session)
 
     def _tell_load(self, engine: _Engine) -> None:
         load = engine.scheduler.load()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import nan
+
 from benchmarks.routing.results import (
     ITL_GOAL_SECONDS,
     TTFT_GOAL_SECONDS,
@@ -13,7 +15,8 @@ _EXPLANATION = f"""\
 Each row replays the same recorded arrivals, prompts and output lengths on simulated workers with a
 virtual clock. *Met* counts the requests whose first token came within {TTFT_GOAL_SECONDS:g} s, and
 whose tokens came {ITL_GOAL_SECONDS * 1e3:g} ms apart or less on average; *late* and *slow* are
-those that missed the one or the other. *Reuse* is the part of all prompt tokens that was cached on
+those that missed the one or the other. *Refused* are those that nobody took; they met nothing, and
+count in no other column. *Reuse* is the part of all prompt tokens that was cached on
 the worker that got the request.
 
 Ours runs the router's decisions, the KV indexer's index and the simulator's scheduler, with the
@@ -23,7 +26,8 @@ with its defaults, where the router learns of blocks at once. That the two simul
 to be seen from the round-robin lines, where nothing depends on what a router knows. With a long
 shared prompt they are not: there Dynamo's steps take longer at equal reuse, and only policies of
 one system should be compared. Policies never see the length of an output, nor what is still to
-come.
+come. Dynamo has no policy by load alone. In a disaggregated set-up, "2 + 6 workers" are 2 that
+compute prompts and 6 that decode; KV moves in no time in both systems.
 """
 
 
@@ -49,15 +53,16 @@ def markdown(benchmark: Benchmark) -> str:
 
 def _runs(runs: list[Run]) -> str:
     lines = [
-        "| load | system | policy | met | late | slow | reuse | TTFT p50 / p90 / p99 ms "
-        "| ITL p50 / p99 ms |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: |",
+        "| load | requests | system | policy | met | refused | late | slow | reuse "
+        "| TTFT p50 / p90 / p99 ms | ITL p50 / p90 / p99 ms |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for run in sorted(runs, key=lambda run: (run.row.name, run.policy, run.system)):
         ttft = (run.ttft_p50_seconds, run.ttft_p90_seconds, run.ttft_p99_seconds)
-        itl = (run.itl_p50_seconds, run.itl_p99_seconds)
+        itl = (run.itl_p50_seconds, run.itl_p90_seconds or nan, run.itl_p99_seconds)
         lines.append(
-            f"| {run.row.name} | {run.system} | {run.policy} | {run.met_goal:,} | {run.late:,} "
+            f"| {run.row.name} | {run.requests:,} | {run.system} | {run.policy} | {run.met_goal:,} | {run.refused:,} "
+            f"| {run.late:,} "
             f"| {run.slow:,} | {run.reuse:.1%} | {_ms(ttft, 0)} | {_ms(itl, 1)} |"
         )
     return "\n".join(lines) + "\n"

@@ -24,12 +24,18 @@ class Row(_Record):
     """Arrivals come so many times faster than recorded."""
     system_prompt_tokens: int = 0
     """Put before every prompt."""
+    prefill_workers: int = 0
+    """Beside `workers`, which decode then."""
+    trace: str = ""
+    """Another one than the benchmark's, by name."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def name(self) -> str:
+        prefill = f"{self.prefill_workers} + " if self.prefill_workers else ""
         prompt = f", {self.system_prompt_tokens:,} shared" if self.system_prompt_tokens else ""
-        return f"{self.workers} workers, {self.speed_up:g}x{prompt}"
+        trace = f"{self.trace}, " if self.trace else ""
+        return f"{trace}{prefill}{self.workers} workers, {self.speed_up:g}x{prompt}"
 
 
 class Served(_Record):
@@ -57,6 +63,8 @@ class Run(_Record):
     system: str
     policy: str
     requests: int
+    refused: int = 0
+    """These met no goal, and count nowhere else."""
     met_goal: int
     late: int
     """First token later than the goal."""
@@ -68,6 +76,8 @@ class Run(_Record):
     ttft_p90_seconds: float
     ttft_p99_seconds: float
     itl_p50_seconds: float
+    itl_p90_seconds: float | None = None
+    """None in results of before it was kept."""
     itl_p99_seconds: float
     wall_seconds: float
     """That the replay itself took."""
@@ -96,9 +106,14 @@ class Benchmark(_Record):
 
 
 def summary(
-    row: Row, system: str, policy: str, served: Sequence[Served], wall_seconds: float
+    row: Row,
+    system: str,
+    policy: str,
+    served: Sequence[Served],
+    wall_seconds: float,
+    refused: int = 0,
 ) -> Run:
-    """The figures of one run, of at least one request."""
+    """The figures of one run, of at least one request that was served."""
     ttfts = sorted(one.ttft_seconds for one in served)
     itls = sorted(one.itl_seconds for one in served if one.itl_seconds is not None)
     prompt_tokens = sum(one.prompt_tokens for one in served)
@@ -106,7 +121,8 @@ def summary(
         row=row,
         system=system,
         policy=policy,
-        requests=len(served),
+        requests=len(served) + refused,
+        refused=refused,
         met_goal=sum(not (one.is_late or one.is_slow) for one in served),
         late=sum(one.is_late for one in served),
         slow=sum(one.is_slow for one in served),
@@ -115,6 +131,7 @@ def summary(
         ttft_p90_seconds=percentile(ttfts, 90),
         ttft_p99_seconds=percentile(ttfts, 99),
         itl_p50_seconds=percentile(itls, 50),
+        itl_p90_seconds=percentile(itls, 90),
         itl_p99_seconds=percentile(itls, 99),
         wall_seconds=wall_seconds,
     )

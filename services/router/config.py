@@ -44,7 +44,7 @@ class RouterSettings(ServiceSettings):
     decode_weight: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     """Price of a token's KV held while decoding. Higher: more even load, less cache reuse."""
 
-    request_tokens: float = Field(default=256.0, ge=0, allow_inf_nan=False)
+    request_tokens: float = Field(default=128.0, ge=0, allow_inf_nan=False)
     """Price of each request that a worker already has. Higher: hot prefixes spread sooner."""
 
     stall_weight: float = Field(default=0.02, ge=0, allow_inf_nan=False)

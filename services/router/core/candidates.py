@@ -16,6 +16,10 @@ from services.router.core.workers import Booking, InstanceId, Role, Worker
 HOST_CREDIT, DISK_CREDIT = 0.75, 0.25
 """What a block in host memory or on disk saves of computing it: it has to be fetched."""
 
+STEP_TOKENS = 1024
+"""What an engine step with prompts in it takes beyond their tokens, in tokens: with Dynamo's mocker
+16.5 ms, where a token takes 0.015. A prompt that joins others in their step saves it."""
+
 
 @dataclass(frozen=True, slots=True)
 class TieredOverlap:
@@ -102,7 +106,8 @@ class Candidates(Sequence[Candidate]):
         self.decode_tokens = self._decode_tokens()
         """KV that the worker would hold, this prompt's included."""
         self.stalled_tokens = self._stalled_tokens()
-        """Prompt tokens to compute, once for each request that stands still meanwhile."""
+        """Prompt tokens to compute, and those of a step where no other prompt waits for one, once
+        for each request that stands still meanwhile."""
         self.overflow_tokens = [
             tokens - worker.kv_room_tokens if tokens > worker.kv_room_tokens else 0
             for tokens, worker in zip(self.decode_tokens, workers, strict=True)
@@ -159,7 +164,10 @@ class Candidates(Sequence[Candidate]):
         if self.new_tokens is None or not self.is_decoding:
             return [0] * len(self.workers)
         return [
-            new * requests for new, requests in zip(self.new_tokens, self.requests, strict=True)
+            (new if queued else new + STEP_TOKENS) * requests
+            for new, queued, requests in zip(
+                self.new_tokens, self.queued_tokens, self.requests, strict=True
+            )
         ]
 
     def at(self, position: int) -> Candidate:

@@ -14,7 +14,7 @@ def kv(candidates: Candidates, weights: Weights, random: Random) -> list[float]:
         prefill_weight  * (queued prompt tokens + prompt tokens not held)
       + decode_weight   * KV tokens held, with this prompt's
       + request_tokens  * requests there
-      + stall_weight    * prompt tokens not held * requests there
+      + stall_weight    * (prompt tokens not held + those of a step of its own) * requests there
       + overflow_weight * KV tokens that there is no room for
       - session_tokens, where the request's session was served last
 

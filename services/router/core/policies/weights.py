@@ -17,7 +17,7 @@ class Weights:
     """Price of a prompt token to compute, this prompt's or one before it."""
     decode_weight: float = 0.2
     """Price of a token's KV held while decoding: all steps of the worker get slower by it."""
-    request_tokens: float = 256.0
+    request_tokens: float = 128.0
     """Price of each request that a worker already has: every one makes its steps longer. Without
     it a few workers that hold a hot prefix would get all its requests while the others idle."""
     stall_weight: float = 0.02
