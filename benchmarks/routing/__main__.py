@@ -87,7 +87,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="switchgear-routing-") as scratch:
         tasks = []
         for one in rows:
-            source = azure_trace if one.trace == AZURE else trace_file
+            source = azure_trace if azure_trace and one.trace == AZURE else trace_file
             variant = _variant(source, one, requests, Path(scratch))
             tasks += [(variant, one, name) for name in names]
         with ProcessPoolExecutor(max_workers=jobs) as pool:

@@ -70,6 +70,8 @@ class Outcome:
     arrival: Arrival
     worker: InstanceId
     """That produces its tokens."""
+    prefill_worker: InstanceId | None
+    """That computes its prompt, unless `worker` does."""
     predicted_cached_tokens: int
     """As the router knew when it decided."""
     cached_tokens: int = 0
@@ -204,7 +206,12 @@ class Replay:
         key = RequestKey(len(self.outcomes))
         decode = self._engines[decision.decode.worker.instance_id - 1]
         first = decision.prefill or decision.decode
-        outcome = Outcome(arrival, decode.worker.instance_id, first.overlap_blocks * size)
+        outcome = Outcome(
+            arrival,
+            decode.worker.instance_id,
+            None if decision.prefill is None else decision.prefill.worker.instance_id,
+            first.overlap_blocks * size,
+        )
         self.outcomes.append(outcome)
         engine = self._engines[first.worker.instance_id - 1]
         if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:

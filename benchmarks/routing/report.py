@@ -61,9 +61,9 @@ def _runs(runs: list[Run]) -> str:
         ttft = (run.ttft_p50_seconds, run.ttft_p90_seconds, run.ttft_p99_seconds)
         itl = (run.itl_p50_seconds, run.itl_p90_seconds or nan, run.itl_p99_seconds)
         lines.append(
-            f"| {run.row.name} | {run.requests:,} | {run.system} | {run.policy} | {run.met_goal:,} | {run.refused:,} "
-            f"| {run.late:,} "
-            f"| {run.slow:,} | {run.reuse:.1%} | {_ms(ttft, 0)} | {_ms(itl, 1)} |"
+            f"| {run.row.name} | {run.requests:,} | {run.system} | {run.policy} "
+            f"| {run.met_goal:,} | {run.refused:,} | {run.late:,} | {run.slow:,} "
+            f"| {run.reuse:.1%} | {_ms(ttft, 0)} | {_ms(itl, 1)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,7 @@ it runs they are not evicted.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from services.router.core.workers import InstanceId
@@ -44,13 +45,20 @@ class PredictedOverlap:
     def overlap(self, prompt: Sequence[int]) -> dict[InstanceId, int]:
         """Leading blocks of a prompt that each worker is about to hold, if any."""
         found: dict[InstanceId, int] = {}
-        if not self._holders:
+        holders = self._holders
+        if not holders:
             return found
-        for position in range(STRIDE_BLOCKS - 1, len(prompt), STRIDE_BLOCKS):
-            counts = self._holders.get(prompt[position])
-            if counts is None:
-                break  # Nobody has this block, so nobody has one after it.
-            found.update(dict.fromkeys(counts, position + 1))
+        levels = prompt[STRIDE_BLOCKS - 1 :: STRIDE_BLOCKS]
+        # Whoever has a block has all before it, so holders are only gained on the way up from the
+        # deepest block that anybody has; blocks that gain none are skipped.
+        depth = bisect_left(levels, True, key=lambda block: block not in holders)
+        while depth:
+            gained = holders[levels[depth - 1]].keys() - found.keys()
+            found.update(dict.fromkeys(gained, depth * STRIDE_BLOCKS))
+            known = len(found)
+            depth = bisect_left(
+                levels, True, hi=depth, key=lambda block: len(holders[block]) <= known
+            )
         return found
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from benchmarks.routing import trace
+from benchmarks.routing import synthetic, trace
 from benchmarks.routing.replay import Outcome, Replay, Terms
 from benchmarks.routing.results import Row, Served, summary
 from benchmarks.routing.trace import Arrival
@@ -105,6 +105,57 @@ def test_a_hot_system_prompt_loads_none_of_a_thousand_workers_by_half_above_the_
         tokens[outcome.worker] += outcome.arrival.prompt_tokens + outcome.arrival.output_tokens
     for load in (requests, tokens):
         assert max(load.values()) <= 1.5 * sum(load.values()) / terms.workers
+
+
+def test_prompts_are_computed_by_prefill_workers_and_go_on_where_they_are_pulled_to() -> None:
+    arrivals = conversations(120, every_seconds=0.2)
+    outcomes = Replay(arrivals, Policy(), Terms(workers=2, prefill_workers=2)).run()
+    assert {outcome.worker for outcome in outcomes} == {1, 2}
+    assert all(outcome.last_token_at >= outcome.first_token_at > 0 for outcome in outcomes)
+    assert any(outcome.cached_tokens for outcome in outcomes)
+    # Short rests of prompts are computed where their tokens are produced.
+    assert {outcome.prefill_worker for outcome in outcomes} == {None, 3, 4}
+
+
+def test_requests_that_a_full_worker_refuses_are_misses() -> None:
+    arrivals = conversations(40, every_seconds=0)
+    terms = Terms(workers=2, max_waiting_requests=5)
+    outcomes = Replay(arrivals, Policy(), terms).run()
+    taken = [outcome for outcome in outcomes if not outcome.is_refused]
+    refused = len(outcomes) - len(taken)
+    assert len(outcomes) == 40
+    assert 0 < refused < 40
+    run = summary(Row(workers=2, speed_up=1), "s", "kv", served(taken), 0.0, refused)
+    assert (run.requests, run.refused) == (40, refused)
+    assert run.met_goal <= len(taken)
+
+
+def test_made_up_conversations_are_the_same_for_a_seed_and_go_on_from_what_was_said() -> None:
+    arrivals = synthetic.conversations(50, seed=3)
+    assert arrivals == synthetic.conversations(50, seed=3)
+    assert arrivals != synthetic.conversations(50, seed=4)
+    blocks = [arrival.block_ids for arrival in arrivals]
+    assert any(one != other and one == other[: len(one)] for one in blocks for other in blocks)
+    for arrival in arrivals:
+        room = len(arrival.block_ids) * trace.TRACE_BLOCK_TOKENS
+        assert room - trace.TRACE_BLOCK_TOKENS < arrival.prompt_tokens <= room
+
+
+def test_a_trace_of_azure_has_lengths_and_nothing_in_common(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:15:50.9951690,600,109\n"
+    )
+    first, second = trace.read_azure(path)
+    assert first == Arrival(0.0, 374, 44, (0,))
+    assert second.at_seconds == pytest.approx(4.314579)
+    assert (second.prompt_tokens, second.output_tokens) == (600, 109)
+    assert second.block_ids == (1, 2)
+    path.write_text(path.read_text() + "never,1,1\n")
+    with pytest.raises(trace.TraceError, match=r"azure\.csv:4: "):
+        trace.read_azure(path)
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.core.candidates import TieredOverlap
+from services.router.core.candidates import STEP_TOKENS, TieredOverlap
 from services.router.core.decision import (
     Candidate,
     Decision,
@@ -71,7 +71,7 @@ def test_the_example_of_the_manual_comes_out() -> None:
     workers = [worker(1, running=2, active=20), worker(2)]
     found = costs(decided(workers, {InstanceId(1): 2}))
     assert found == {
-        1: pytest.approx(32 + 0.2 * 352 + 256 * 2 + 0.02 * 64),
+        1: pytest.approx(32 + 0.2 * 352 + 128 * 2 + 0.02 * (32 + STEP_TOKENS) * 2),
         2: pytest.approx(64 + 12.8),
     }
 
@@ -108,8 +108,9 @@ def test_kv_takes_the_cheapest_by_the_formula(
         overlaps[InstanceId(number)] = blocks
         new = max(1, prompt_tokens - blocks * SIZE)
         kv = (active + math.ceil(prompt_tokens / SIZE) - blocks) * SIZE
-        expected[number] = prefill * (queued + new) + decode * kv + stall * new * running
-        expected[number] += 256 * running
+        expected[number] = prefill * (queued + new) + decode * kv
+        expected[number] += stall * (new + (0 if queued else STEP_TOKENS)) * running
+        expected[number] += 128 * running
         if total:
             expected[number] += overflow * max(0, kv - total * SIZE)
     policy = Policy(
@@ -235,7 +236,7 @@ def test_a_hot_prefix_spreads_when_waiting_costs_more_than_computing_it_again() 
         best.worker.book(best.booking)
         taken.append(best.worker.instance_id)
     # Each adds 160 tokens to compute, its KV and itself; elsewhere 1,440 more were to be computed.
-    assert 3 <= len(taken) <= 6
+    assert 3 <= len(taken) <= 7
 
 
 def test_a_worker_without_room_is_shunned() -> None:
@@ -246,6 +247,14 @@ def test_a_worker_without_room_is_shunned() -> None:
 def test_prompts_avoid_workers_where_many_would_stand_still() -> None:
     request = Request(model="m", prompt_tokens=1_000, block_size_tokens=SIZE)
     assert chosen([worker(1, running=40), worker(2, queued=700)], request=request) == 2
+
+
+def test_a_short_prompt_joins_one_that_waits_rather_than_take_a_step_of_its_own() -> None:
+    """A step of its own would hold up as many again."""
+    workers = [worker(1, running=50, queued=200), worker(2, running=50)]
+    assert chosen(workers) == 1
+    # An idle worker holds up nobody.
+    assert chosen([*workers, worker(3)]) == 3
 
 
 def test_candidates_stay_as_they_were_when_it_was_decided() -> None:
