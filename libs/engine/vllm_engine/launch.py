@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from libs.common.config import ConfigError
 from libs.common.errors import InvalidRequest
 from libs.engine.interface import EngineInfo, EngineKvEvent, Leg, PoolingTask
 from libs.engine.vllm_engine import kv_stream
+from libs.engine.vllm_engine.device_turn import device_turn, lock_file
 from libs.engine.vllm_engine.port import OnOutputs, OverduePull, StepStats, Vllm
 from libs.engine.vllm_engine.requests import RELEASE, TRANSFER_BACKEND
 from libs.engine.vllm_engine.settings import VllmSettings
@@ -197,7 +199,7 @@ class _VllmThread:
 
     def _run(self) -> None:
         try:
-            llm = _load(self._settings, self._folder, self._stats)
+            llm = _load(self._settings, self._folder, self._stats, self._closing)
         except BaseException as error:
             self._tell(self._set_loaded, None, error)
             return
@@ -225,17 +227,23 @@ class _VllmThread:
             self._loaded.set_result(llm)
 
 
-def _load(settings: VllmSettings, folder: Path, stats: StepStats) -> Any:
+def _load(
+    settings: VllmSettings, folder: Path, stats: StepStats, closing: threading.Event
+) -> Any:
     _set_environment(settings)
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from libs.engine.vllm_engine import internals
 
     internals.check()
-    with internals.engine_core_dies_with_us():
-        return AsyncLLM.from_engine_args(
-            engine_args(settings, folder), stat_loggers=[internals.stat_logger(stats)]
-        )
+    arguments = engine_args(settings, folder)
+    # A fraction of a GPU means that others have the rest of it.
+    is_shared = settings.device_memory_fraction is not None
+    with (
+        device_turn(lock_file(os.environ), closing) if is_shared else nullcontext(),
+        internals.engine_core_dies_with_us(),
+    ):
+        return AsyncLLM.from_engine_args(arguments, stat_loggers=[internals.stat_logger(stats)])
 
 
 def _set_environment(settings: VllmSettings) -> None:
