@@ -231,6 +231,7 @@ def _load(
     settings: VllmSettings, folder: Path, stats: StepStats, closing: threading.Event
 ) -> Any:
     _set_environment(settings)
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from libs.engine.vllm_engine import internals
@@ -243,7 +244,12 @@ def _load(
         device_turn(lock_file(os.environ), closing) if is_shared else nullcontext(),
         internals.engine_core_dies_with_us(),
     ):
-        return AsyncLLM.from_engine_args(arguments, stat_loggers=[internals.stat_logger(stats)])
+        return AsyncLLM.from_engine_args(
+            arguments,
+            # Batches as large as `vllm serve` makes them on this GPU; else they are small on all.
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=[internals.stat_logger(stats)],
+        )
 
 
 def _set_environment(settings: VllmSettings) -> None:
