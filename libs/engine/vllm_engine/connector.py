@@ -42,6 +42,11 @@ from libs.engine.vllm_engine.requests import PULL_DEADLINE, RELEASE
 TRANSFER_TIMEOUT_SECONDS = "switchgear_transfer_timeout_seconds"
 """Key in vLLM's kv_connector_extra_config."""
 
+SIDE_CHANNEL_PORT = "switchgear_side_channel_port"
+"""Key in vLLM's kv_connector_extra_config. vLLM takes the port from the environment, all of which
+it takes for something that compiled models depend on: with a port of its own there, each worker
+would compile the model for itself, at every start."""
+
 PROGRESS_PAUSE_MICROSECONDS = 1000
 
 
@@ -62,6 +67,11 @@ class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         super().__init__(vllm_config, engine_id, kv_cache_config)
         if not hasattr(self, "_reqs_need_send"):
             raise RuntimeError("this vLLM is not the one written for; it keeps leases elsewhere")
+        if not hasattr(self, "side_channel_port"):
+            raise RuntimeError("this vLLM is not the one written for; it offers its KV elsewhere")
+        self.side_channel_port = vllm_config.kv_transfer_config.get_from_extra_config(
+            SIDE_CHANNEL_PORT, None
+        )
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

@@ -255,7 +255,6 @@ def _load(
 def _set_environment(settings: VllmSettings) -> None:
     """What vLLM takes from the environment only, and reads when it is imported."""
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.nixl_host
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(settings.nixl_port or _free_port(settings))
     # A process with gRPC's threads can't be forked.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -274,7 +273,7 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    from libs.engine.vllm_engine.connector import TRANSFER_TIMEOUT_SECONDS
+    from libs.engine.vllm_engine.connector import SIDE_CHANNEL_PORT, TRANSFER_TIMEOUT_SECONDS
 
     is_cpu = current_platform.is_cpu()
     publish, replay = kv_stream.endpoints(folder)
@@ -321,6 +320,7 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
             kv_connector_extra_config={
                 "kv_lease_duration": settings.kv_lease_seconds,
                 TRANSFER_TIMEOUT_SECONDS: settings.transfer_timeout_seconds,
+                SIDE_CHANNEL_PORT: settings.nixl_port or _free_port(settings),
             },
         )
     return AsyncEngineArgs(**arguments)
