@@ -227,16 +227,19 @@ class _VllmThread:
             self._loaded.set_result(llm)
 
 
-def _load(
-    settings: VllmSettings, folder: Path, stats: StepStats, closing: threading.Event
-) -> Any:
+def _load(settings: VllmSettings, folder: Path, stats: StepStats, closing: threading.Event) -> Any:
     _set_environment(settings)
+    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from libs.engine.vllm_engine import internals
 
     internals.check()
+    if not current_platform.is_cpu():
+        # On a GPU without NVLink UCX reads another process's memory directly only when told to,
+        # and else goes by TCP.
+        os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")
     arguments = engine_args(settings, folder)
     # A fraction of a GPU means that others have the rest of it.
     is_shared = settings.device_memory_fraction is not None
