@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+from libs.common.credentials import CertificateFiles, ServerAccess, secret_in
 
 
 class ConfigError(Exception):
@@ -39,7 +42,33 @@ class ServiceSettings(BaseSettings):
     """Deployment this process belongs to; deployments do not see each other."""
 
     etcd_url: str = Field(default="http://127.0.0.1:2379", pattern=r"^https?://[^/:]+:\d+$")
-    """etcd, as http://host:port."""
+    """etcd, as http://host:port, or https://host:port with TLS."""
+
+    etcd_username: str = ""
+    """User of etcd; empty for none. Needs `etcd_password_file`."""
+
+    etcd_password_file: Path | None = None
+    """File with the user's password. It is read again for each connection."""
+
+    tls_ca_file: Path | None = None
+    """CA that signs all services' certificates, in PEM. With it and the next two every call between
+    services is encrypted, and both sides show certificates; without all three none is."""
+
+    tls_certificate_file: Path | None = None
+    """This process's certificate, in PEM, with a name such as router.switchgear. Another one is
+    taken for new connections when the file is replaced."""
+
+    tls_key_file: Path | None = None
+    """The certificate's key, in PEM, without a passphrase."""
+
+    etcd_ca_file: Path | None = None
+    """CA of etcd's certificate. Default: `tls_ca_file`, or the system's."""
+
+    etcd_certificate_file: Path | None = None
+    """Certificate that etcd is shown. Default: `tls_certificate_file`, if there is one."""
+
+    etcd_key_file: Path | None = None
+    """That certificate's key. Default: `tls_key_file`."""
 
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 needs `advertise_host`, since others must be told where."""
@@ -74,12 +103,109 @@ class ServiceSettings(BaseSettings):
             raise ConfigError(f"advertise_host must be set when host is {host}")
         return host
 
+    @property
+    def certificates(self) -> CertificateFiles | None:
+        """What this process shows other services, and trusts them by; None without TLS."""
+        if self.tls_ca_file is None:
+            return None
+        return CertificateFiles(self.tls_ca_file, self.tls_certificate_file, self.tls_key_file)
+
+    @property
+    def etcd_access(self) -> ServerAccess:
+        """How etcd lets this process in."""
+        return ServerAccess(
+            self._certificates_for("etcd"), self.etcd_username, self.etcd_password_file
+        )
+
+    def _certificates_for(self, server: str) -> CertificateFiles:
+        """The server's own settings where there are any."""
+        ca, certificate, key = (
+            getattr(self, f"{server}_{part}_file") for part in ("ca", "certificate", "key")
+        )
+        if certificate is None:
+            certificate, key = self.tls_certificate_file, self.tls_key_file
+        return CertificateFiles(ca or self.tls_ca_file, certificate, key)
+
+    def check_files(self) -> None:
+        """Raises ConfigError for certificates and passwords that are incomplete or can't be
+        used."""
+        self._check_together("tls_ca_file", "tls_certificate_file", "tls_key_file")
+        if self.certificates is not None:
+            self._check_certificates("tls", self.certificates)
+        self._check_access("etcd", self.etcd_access)
+
+    def _check_access(self, server: str, access: ServerAccess) -> None:
+        self._check_together(f"{server}_certificate_file", f"{server}_key_file")
+        self._check_together(f"{server}_username", f"{server}_password_file")
+        self._check_certificates(server, access.certificates)
+        for name in (f"{server}_password_file", f"{server}_token_file"):
+            path: Path | None = getattr(self, name, None)
+            try:
+                if path is not None:
+                    secret_in(path)
+            except ValueError as error:
+                raise ConfigError(f"{self._named(name)}: {error}") from error
+
+    def _check_certificates(self, purpose: str, files: CertificateFiles) -> None:
+        try:
+            if files != CertificateFiles():
+                files.read()
+        except ValueError as error:
+            raise ConfigError(f"certificates for {purpose}: {error}") from error
+
+    def _check_together(self, *names: str) -> None:
+        missing = [name for name in names if not getattr(self, name)]
+        if missing and len(missing) < len(names):
+            there = next(name for name in names if name not in missing)
+            raise ConfigError(
+                f"{', '.join(map(self._named, missing))} must be set with {self._named(there)}"
+            )
+
+    def _named(self, name: str) -> str:
+        return _named(self.model_config.get("env_prefix", ""), name)
+
 
 class NatsSettings(ServiceSettings):
     """What services that use NATS can be told besides."""
 
     nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://.+$")
-    """NATS, as nats://host:port."""
+    """NATS, as nats://host:port, or tls://host:port with TLS."""
+
+    nats_username: str = ""
+    """User of NATS; empty for none. Needs `nats_password_file`."""
+
+    nats_password_file: Path | None = None
+    """File with the user's password. It is read again for each connection."""
+
+    nats_token_file: Path | None = None
+    """File with a token for NATS, in place of user and password."""
+
+    nats_ca_file: Path | None = None
+    """CA of NATS's certificate. Default: `tls_ca_file`, or the system's."""
+
+    nats_certificate_file: Path | None = None
+    """Certificate that NATS is shown. Default: `tls_certificate_file`, if there is one."""
+
+    nats_key_file: Path | None = None
+    """That certificate's key. Default: `tls_key_file`."""
+
+    @property
+    def nats_access(self) -> ServerAccess:
+        """How NATS lets this process in."""
+        return ServerAccess(
+            self._certificates_for("nats"),
+            self.nats_username,
+            self.nats_password_file,
+            self.nats_token_file,
+        )
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.nats_username and self.nats_token_file:
+            raise ConfigError(
+                f"{self._named('nats_username')} and {self._named('nats_token_file')} are both set"
+            )
+        self._check_access("nats", self.nats_access)
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
@@ -108,6 +234,7 @@ def load(
     try:
         loaded: SettingsT = CliApp.run(Program, cli_args=list(argv))
         loaded.reachable_host  # noqa: B018 - raises when it can't be told
+        loaded.check_files()
     except ValidationError as error:
         raise ConfigError(
             "; ".join(
@@ -123,8 +250,11 @@ def load(
 def _describe(prefix: str, loc: tuple[int | str, ...], value: object, problem: str) -> str:
     if not loc:
         return problem
-    name = str(loc[0])
-    return f"--{name.replace('_', '-')} ({prefix}{name.upper()}) is {value!r}: {problem}"
+    return f"{_named(prefix, str(loc[0]))} is {value!r}: {problem}"
+
+
+def _named(prefix: str, name: str) -> str:
+    return f"--{name.replace('_', '-')} ({prefix}{name.upper()})"
 
 
 def exit_on_bad_settings(

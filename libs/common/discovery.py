@@ -12,14 +12,16 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import aetcd
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from libs.common import logs
+from libs.common.credentials import ServerAccess
 from libs.common.errors import NoLiveInstance
+from libs.common.etcd_client import EtcdClient, as_refusal
 from libs.common.tasks import background
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -31,6 +33,23 @@ LEASE_SECONDS = 10
 KEEP_ALIVE_SECONDS = LEASE_SECONDS / 3
 CALL_SECONDS = 3
 RETRY_SECONDS = 0.5
+
+_OPTIONS = {
+    # An idle watch sends nothing by itself: only pings tell that etcd's host is gone.
+    # etcd takes one every 5 s at most.
+    "grpc.keepalive_time_ms": 6_000,
+    "grpc.keepalive_timeout_ms": 3_000,
+    "grpc.http2.max_pings_without_data": 0,
+    # Otherwise a peer that takes bytes and answers none is believed for a minute.
+    "grpc.http2.ping_timeout_ms": 3_000,
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 1_000,
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.enable_http_proxy": 0,
+}
+
+_FAILURES = (aetcd.ClientError, OSError, TimeoutError, ValueError)
+"""etcd is away, refuses us, or a file that proves who we are can't be read just now."""
 
 T = TypeVar("T", bound=Message)
 Key = tuple[str, ...]
@@ -80,34 +99,32 @@ class Table(Generic[T]):
 class Discovery:
     """One namespace's keys in one etcd."""
 
-    def __init__(self, etcd_url: str, namespace: str) -> None:
-        """Does not connect yet. `etcd_url` is http://host:port."""
-        url = urlsplit(etcd_url)
-        self._host = url.hostname or "127.0.0.1"
-        self._port = url.port or 2379
+    def __init__(self, etcd_url: str, namespace: str, access: ServerAccess | None = None) -> None:
+        """Does not connect yet. `etcd_url` is http://host:port, or https for TLS."""
         self._url = etcd_url
+        self._access = access or ServerAccess()
         self._root = f"/switchgear/v1/{namespace}/"
+
+    async def check_access(self) -> None:
+        """Raises CredentialsRefused when etcd does not let us in. An etcd that is away may come
+        later."""
+        try:
+            async with asyncio.timeout(CALL_SECONDS), self._client() as client:
+                await client.get(self._root.encode())
+        except _FAILURES as error:
+            if (refusal := as_refusal(self._url, error)) is not None:
+                raise refusal from error
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        if (refusal := as_refusal(self._url, error)) is not None:
+            log.error("etcd refuses", error=str(refusal))
+        else:
+            log.warning("etcd unavailable", url=self._url, error=repr(error))
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[aetcd.Client]:
-        client = aetcd.Client(
-            host=self._host,
-            port=self._port,
-            timeout=CALL_SECONDS,
-            options={
-                # An idle watch sends nothing by itself: only pings tell that etcd's host is gone.
-                # etcd takes one every 5 s at most.
-                "grpc.keepalive_time_ms": 6_000,
-                "grpc.keepalive_timeout_ms": 3_000,
-                "grpc.http2.max_pings_without_data": 0,
-                # Otherwise a peer that takes bytes and answers none is believed for a minute.
-                "grpc.http2.ping_timeout_ms": 3_000,
-                "grpc.initial_reconnect_backoff_ms": 100,
-                "grpc.max_reconnect_backoff_ms": 1_000,
-                "grpc.use_local_subchannel_pool": 1,
-                "grpc.enable_http_proxy": 0,
-            },
-        )
+        client = EtcdClient(self._url, self._access, CALL_SECONDS, _OPTIONS)
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 await client.connect()
@@ -149,8 +166,8 @@ class Discovery:
                         with suppress(aetcd.ClientError):
                             await lease.revoke()
                         raise
-            except (aetcd.ClientError, OSError, TimeoutError) as error:
-                log.warning("etcd unavailable", url=self._url, error=repr(error))
+            except _FAILURES as error:
+                self._report(error)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _keep_alive(self, lease: aetcd.Lease) -> None:
@@ -164,7 +181,7 @@ class Discovery:
         """Writes an entry that stays until it is deleted, such as "config/router/temperature".
 
         Returns the revision of the change, which tables come to have. Raises NoLiveInstance when
-        etcd can't be reached, as `delete` and `read` do.
+        etcd can't be reached, and CredentialsRefused, as `delete` and `read` do.
         """
         async with self._one_call() as client:
             written = await client.put((self._root + key).encode(), _to_json(message))
@@ -189,7 +206,9 @@ class Discovery:
         try:
             async with asyncio.timeout(CALL_SECONDS), self._client() as client:
                 yield client
-        except (aetcd.ClientError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
+            if (refusal := as_refusal(self._url, error)) is not None:
+                raise refusal from error
             raise NoLiveInstance(f"etcd at {self._url} can't be reached: {error!r}") from error
 
     @asynccontextmanager
@@ -205,8 +224,8 @@ class Discovery:
             try:
                 async with self._client() as client:
                     await self._follow(client, prefix, message, table)
-            except (aetcd.ClientError, OSError, TimeoutError) as error:
-                log.warning("etcd unavailable", url=self._url, error=repr(error))
+            except _FAILURES as error:
+                self._report(error)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(

@@ -88,6 +88,23 @@ class RoutingNotAllowed(SwitchgearError):
     )
 
 
+class CallerNotAllowed(SwitchgearError):
+    """The caller's certificate is good, but of a service that has no business here."""
+
+    code, http, reason = (
+        StatusCode.PERMISSION_DENIED,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "CALLER_NOT_ALLOWED",
+    )
+
+
+class CredentialsRefused(SwitchgearError):
+    """etcd or NATS does not let this process in, or is not who its certificate should say. Ends a
+    process that starts; one that runs tries again."""
+
+    reason = "CREDENTIALS_REFUSED"
+
+
 class RequestsLimited(SwitchgearError):
     """The API key's limit on requests, in a minute or at the same time, is reached."""
 
@@ -204,6 +221,8 @@ BY_REASON: dict[str, type[SwitchgearError]] = {
         Unauthenticated,
         ModelNotAllowed,
         RoutingNotAllowed,
+        CallerNotAllowed,
+        CredentialsRefused,
         RequestsLimited,
         TokensLimited,
         ModelNotFound,

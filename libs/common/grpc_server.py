@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,7 +14,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import Gauge
 
 from libs.common import grpc_errors, logs
-from libs.common.errors import SwitchgearError
+from libs.common.credentials import CertificateFiles, FollowedCertificates
+from libs.common.errors import CallerNotAllowed, SwitchgearError
+from libs.common.identity import CALLERS, certificate_name
 
 log = logs.get(__name__)
 
@@ -57,6 +60,45 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
+_FOR_ALL_SERVICES = ("/grpc.health.", "/grpc.reflection.")
+"""Whoever has a certificate of ours may ask for these."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """What a server shows, and whom it serves."""
+
+    certificates: CertificateFiles
+    component: str
+    """Which one the server is; CALLERS says who may call it."""
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Take another certificate for new connections when the files are others. Raises ValueError
+        naming a file that can't be used."""
+        followed = FollowedCertificates(self.certificates)
+        shown_version = 0
+
+        def shown_next() -> grpc.ServerCertificateConfiguration | None:
+            """Asked before every handshake, one at a time. None: the same as before."""
+            nonlocal shown_version
+            pem = followed.latest()
+            if followed.version == shown_version:
+                return None
+            shown_version = followed.version
+            assert pem.key is not None
+            assert pem.certificate is not None
+            return grpc.ssl_server_certificate_configuration(
+                [(pem.key, pem.certificate)], root_certificates=pem.ca
+            )
+
+        # grpc's types know nothing of None, its documentation does.
+        return grpc.dynamic_ssl_server_credentials(
+            shown_next(),  # type: ignore[arg-type]
+            shown_next,  # type: ignore[arg-type]
+            require_client_authentication=self.component in CALLERS,
+        )
+
+
 class GrpcServer:
     """A started server."""
 
@@ -90,14 +132,17 @@ async def serving(
     add_services: Callable[[grpc.aio.Server], None],
     service_names: Sequence[str],
     *,
+    tls: ServerTls | None = None,
     grace_seconds: float = 1.0,
 ) -> AsyncIterator[GrpcServer]:
     """Runs a server while the body runs. NOT_SERVING until `set_serving(True)`.
 
-    `service_names` are full names, for health and reflection. At the end calls in progress have
-    `grace_seconds` to finish. Raises OSError when the port is taken.
+    `service_names` are full names, for health and reflection. Without `tls` nothing is encrypted,
+    and everybody is served. At the end calls in progress have `grace_seconds` to finish. Raises
+    OSError when the port is taken.
     """
-    server = grpc.aio.server(interceptors=[_TypedErrors()], options=_SERVER_OPTIONS)
+    interceptors: list[grpc.aio.ServerInterceptor] = [_TypedErrors(tls.component if tls else "")]
+    server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     add_services(server)
@@ -105,7 +150,11 @@ async def serving(
         [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = (
+            server.add_secure_port(f"{host}:{port}", tls.credentials())
+            if tls
+            else server.add_insecure_port(f"{host}:{port}")
+        )
     except RuntimeError as error:
         raise OSError(f"can't listen on {host}:{port}: {error}") from error
     running = GrpcServer(server, bound, servicer, service_names)
@@ -122,8 +171,26 @@ async def serving(
 class _TypedErrors(grpc.aio.ServerInterceptor):
     """Turns a SwitchgearError into its status, and any other exception into a logged INTERNAL.
 
-    Counts the calls in progress, too.
+    Refuses callers whose certificate is not of those that may call, and counts the calls in
+    progress, too.
     """
+
+    def __init__(self, component: str = "") -> None:
+        """`component` with TLS only: which one the server is."""
+        self._component = component
+        callers = CALLERS.get(component)
+        self._callers = callers and {certificate_name(caller) for caller in callers}
+
+    def _admit(self, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
+        """Raises CallerNotAllowed."""
+        if self._callers is None or method.startswith(_FOR_ALL_SERVICES):
+            return
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        shown = [bytes(name).decode(errors="replace") for name in names]
+        if self._callers.isdisjoint(shown):
+            raise CallerNotAllowed(
+                f"{self._component} takes no calls with a certificate of {', '.join(shown)}"
+            )
 
     async def intercept_service(
         self,
@@ -143,6 +210,7 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
             async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 with in_progress.track_inprogress():
                     try:
+                        self._admit(context, method)
                         return await inner(request, context)
                     except Exception as error:
                         await end_with(context, method, error)
@@ -156,6 +224,7 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
                 with in_progress.track_inprogress():
                     try:
+                        self._admit(context, method)
                         result = inner_stream(request, context)
                         if hasattr(result, "__aiter__"):
                             async for response in result:

@@ -2,41 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from nats.aio.client import Client
+from nats.errors import Error
 
 from libs.common import logs
+from libs.common.credentials import ServerAccess
+from libs.common.errors import CredentialsRefused
 from libs.common.tasks import background
 
 log = logs.get(__name__)
 
 RECONNECT_SECONDS = 1
+FIRST_ANSWER_SECONDS = 5
+"""How long a start waits to hear whether NATS lets us in."""
+
+_NO_TLS = "the server offers no TLS"
+_UNREADABLE = "credentials not read"
+_REFUSALS = (_NO_TLS, _UNREADABLE, "authorization violation")
+"""The last one as NATS words it, in either case."""
+
+
+class _Client(Client):
+    """Reads certificates, password and token whenever it connects."""
+
+    def __init__(self, url: str, access: ServerAccess) -> None:
+        super().__init__()
+        self._access = access
+        self._wants_tls = url.startswith("tls:")
+        self._has_tls = False
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """Asked for when a connection goes over to TLS."""
+        self._has_tls = True
+        with _as_nats_errors():
+            return self._access.certificates.client_context()
+
+    def password(self) -> str:
+        """Asked for before every CONNECT."""
+        return self._to_be_sent(self._access.password)
+
+    def token(self) -> str:
+        """Asked for before every CONNECT."""
+        return self._to_be_sent(self._access.token)
+
+    def _to_be_sent(self, read: Callable[[], str]) -> str:
+        # The server says whether it goes on with TLS, or who pretends to be it.
+        if self._wants_tls and not self._has_tls:
+            raise Error(_NO_TLS)
+        self._has_tls = False
+        with _as_nats_errors():
+            return read()
+
+
+@contextmanager
+def _as_nats_errors() -> Iterator[None]:
+    """Those are what the client goes on after."""
+    try:
+        yield
+    except ValueError as error:
+        raise Error(f"{_UNREADABLE}: {error}") from error
 
 
 @asynccontextmanager
-async def connecting(url: str, name: str) -> AsyncIterator[Client]:
+async def connecting(
+    url: str, name: str, access: ServerAccess | None = None
+) -> AsyncIterator[Client]:
     """A client that is connected as soon as NATS can be reached; `is_connected` tells.
 
     Publishing while it is not raises nats.errors.Error. Subscriptions made once it has been
-    connected come back by themselves.
+    connected come back by themselves. Raises CredentialsRefused when NATS answers at once and does
+    not let us in.
     """
-    client = Client()
+    access = access or ServerAccess()
+    client = _Client(url, access)
+    loop = asyncio.get_running_loop()
+    first_answer: asyncio.Future[CredentialsRefused | None] = loop.create_future()
+
+    def answered(refusal: CredentialsRefused | None) -> None:
+        if not first_answer.done():
+            first_answer.set_result(refusal)
 
     async def on_error(error: Exception) -> None:
-        log.debug("nats error", error=repr(error))
+        refusal = _as_refusal(url, error)
+        if refusal is None:
+            log.debug("nats error", error=repr(error))
+        else:
+            log.error("nats refuses", error=str(refusal))
+        answered(refusal)
 
     async def on_disconnect() -> None:
         log.warning("nats disconnected", url=url)
 
     async def on_connect() -> None:
         log.info("nats connected", url=url)
+        answered(None)
 
     async def connect() -> None:
         await client.connect(
             url,
             name=name,
+            user=access.username or None,
+            password=client.password if access.password_file else None,
+            token=client.token if access.token_file else None,
             allow_reconnect=True,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_SECONDS,
@@ -53,10 +126,22 @@ async def connecting(url: str, name: str) -> AsyncIterator[Client]:
 
     async with background(connect()):
         try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_ANSWER_SECONDS):
+                    if (refusal := await first_answer) is not None:
+                        raise refusal
             yield client
         finally:
             if not client.is_closed:
                 await client.close()
+
+
+def _as_refusal(url: str, error: Exception) -> CredentialsRefused | None:
+    """None when it is another failure, such as that NATS is away."""
+    text = str(error).lower()
+    if isinstance(error, ssl.SSLError) or any(refusal.lower() in text for refusal in _REFUSALS):
+        return CredentialsRefused(f"NATS at {url} can't be used with these credentials: {error}")
+    return None
 
 
 def connection_number(client: Client) -> int:

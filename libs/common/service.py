@@ -12,7 +12,7 @@ import grpc
 from libs.common import logs
 from libs.common.config import ServiceSettings
 from libs.common.discovery import Discovery, component, new_instance_id
-from libs.common.grpc_server import GrpcServer, serving
+from libs.common.grpc_server import GrpcServer, ServerTls, serving
 from libs.common.metrics import serving_metrics
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -39,10 +39,14 @@ async def offering(
     At the end, in this order: out of discovery and NOT_SERVING, `drain`, server stopped. Raises
     OSError when a port is taken.
     """
-    host = settings.reachable_host
+    host, certificates = settings.reachable_host, settings.certificates
     with serving_metrics(settings.host, settings.metrics_port) as metrics_port:
         async with serving(
-            settings.host, settings.grpc_port, add_services, service_names
+            settings.host,
+            settings.grpc_port,
+            add_services,
+            service_names,
+            tls=ServerTls(certificates, component(role)) if certificates else None,
         ) as server:
             instance = discovery_pb2.Instance(
                 instance_id=instance_id or new_instance_id(),

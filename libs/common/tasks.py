@@ -15,6 +15,7 @@ import uvloop
 
 from libs.common import config, logs, tracing
 from libs.common.config import ServiceSettings
+from libs.common.errors import CredentialsRefused
 
 log = logs.get(__name__)
 
@@ -84,6 +85,9 @@ def run_service(
     except config.ConfigError as error:
         log.error("bad settings", error=str(error))
         raise SystemExit(2) from None
+    except CredentialsRefused as error:
+        log.error("credentials refused", error=str(error))
+        _exit_now(1)
     except Exception:
         log.exception("service failed")
         _exit_now(1)

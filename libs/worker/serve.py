@@ -64,15 +64,16 @@ async def serve_worker(
     """Serves until told to stop, then lets running requests finish.
 
     Raises ConfigError for a model folder that can't be served, or a task that is not for this
-    worker, and EngineDied.
+    worker, CredentialsRefused, and EngineDied.
     """
     if settings.task != "generate":
         if Leg.WHOLE not in legs:
             raise ConfigError(f"--task {settings.task} is for decode workers")
         legs = frozenset({Leg.WHOLE})
+    discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
+    await discovery.check_access()
     files = await asyncio.to_thread(read_model_files, settings.model)
     engine = make_engine(settings, next(leg for leg in _MAIN_LEGS if leg in legs))
-    discovery = Discovery(settings.etcd_url, settings.namespace)
     instance_id = new_instance_id()
     host = EngineHost(engine, max_waiting_requests=settings.max_waiting_requests)
     try:
@@ -83,7 +84,9 @@ async def serve_worker(
             return
         log.info("engine started", seconds=round(time.monotonic() - started, 1), info=repr(info))
         host.limits = Limits(settings.model_name, info, legs)
-        async with nats_client.connecting(settings.nats_url, settings.name) as nats:
+        async with nats_client.connecting(
+            settings.nats_url, settings.name, settings.nats_access
+        ) as nats:
             publisher = KvPublisher(
                 nats,
                 namespace=settings.namespace,

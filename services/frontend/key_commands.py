@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from google.protobuf import json_format
 
+from libs.common.config import ConfigError
 from libs.common.discovery import Discovery
 from libs.common.errors import SwitchgearError
 from services.frontend.config import FrontendSettings
@@ -85,7 +86,7 @@ def add(
         if key_id in stored:
             raise ValueError(f"there is a key {key_id!r} already; remove it first")
         if file is None:
-            discovery = Discovery(etcd_url, namespace)
+            discovery = _discovery(etcd_url, namespace)
             asyncio.run(discovery.put(ETCD_PREFIX + key_id, message))
         else:
             _write(file, stored | {key_id: message})
@@ -117,7 +118,7 @@ def remove(
         if stored.pop(key_id, None) is None:
             raise ValueError(f"there is no key {key_id!r}")
         if file is None:
-            asyncio.run(Discovery(etcd_url, namespace).delete(ETCD_PREFIX + key_id))
+            asyncio.run(_discovery(etcd_url, namespace).delete(ETCD_PREFIX + key_id))
         else:
             _write(file, stored)
 
@@ -127,15 +128,22 @@ def _problems_told() -> Iterator[None]:
     """Ends the program with the text of what went wrong."""
     try:
         yield
-    except (SwitchgearError, ValueError, OSError) as error:
+    except (SwitchgearError, ConfigError, ValueError, OSError) as error:
         typer.echo(f"keys: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _discovery(etcd_url: str, namespace: str) -> Discovery:
+    """With the certificates and the password that the environment names for the frontend."""
+    settings = FrontendSettings()
+    settings.check_files()
+    return Discovery(etcd_url, namespace, settings.etcd_access)
 
 
 def _read(file: Path | None, etcd_url: str, namespace: str) -> dict[str, access_pb2.ApiKey]:
     """All keys by id. A file that is not there yet has none."""
     if file is None:
-        discovery = Discovery(etcd_url, namespace)
+        discovery = _discovery(etcd_url, namespace)
         entries = asyncio.run(discovery.read(ETCD_PREFIX, access_pb2.ApiKey))
         return {message.key_id: message for message in entries.values()}
     if not file.exists():

@@ -7,6 +7,7 @@ import asyncio
 import grpc
 
 from libs.common import logs
+from libs.common.channels import Channels
 from libs.common.discovery import Discovery
 from libs.common.grpc_server import GrpcServer
 from libs.common.service import offering
@@ -36,8 +37,10 @@ SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].ful
 
 async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
     """Serves until told to stop, then lets running requests finish."""
-    discovery = Discovery(settings.etcd_url, settings.namespace)
-    sessions = RouterSessions(settings.session_window_responses)
+    discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
+    await discovery.check_access()
+    channels = Channels(settings.certificates)
+    sessions = RouterSessions(settings.session_window_responses, channels)
     async with (
         discovery.watching("instances/", discovery_pb2.Instance) as instances,
         discovery.watching("models/", discovery_pb2.ModelCard) as cards,
@@ -45,7 +48,9 @@ async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
         controlled_access(settings, discovery) as access,
         response_store(settings) as store,
     ):
-        models = Models(cards, instances, ModelFileStore(settings.cache_folder / "tokenizers"))
+        models = Models(
+            cards, instances, ModelFileStore(settings.cache_folder / "tokenizers", channels)
+        )
         pipeline = Pipeline(settings, models, sessions, FrontendMetrics(), access)
 
         def add_services(server: grpc.aio.Server) -> None:

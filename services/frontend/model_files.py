@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import grpc
-
 from libs.common import grpc_errors, logs
+from libs.common.channels import Channels
 from libs.common.errors import NoLiveInstance, SwitchgearError
-from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.identity import WORKER
 from libs.common.model_files import checksum
 from switchgear.worker.v1 import worker_pb2
 from switchgear.worker.v1.worker_pb2_grpc import WorkerServiceStub
@@ -29,8 +28,9 @@ MAX_FILES_BYTES = 256 << 20
 class ModelFileStore:
     """Files by their checksum, on disk, so that a restart needs no worker for them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, channels: Channels | None = None) -> None:
         self._folder = folder
+        self._channels = channels or Channels()
 
     async def get(
         self, wanted_checksum: str, model: str, addresses: Iterable[str]
@@ -44,7 +44,7 @@ class ModelFileStore:
             return kept
         for address in addresses:
             try:
-                files = await _fetch(address, model)
+                files = await _fetch(self._channels, address, model)
             except SwitchgearError as error:
                 log.warning("model files not fetched", address=address, error=error.message)
                 continue
@@ -59,11 +59,11 @@ class ModelFileStore:
         raise NoLiveInstance(f"no worker gives the tokenizer of {model}")
 
 
-async def _fetch(address: str, model: str) -> dict[str, bytes]:
+async def _fetch(channels: Channels, address: str, model: str) -> dict[str, bytes]:
     """Raises SwitchgearError."""
     files: dict[str, bytearray] = {}
     left_bytes = MAX_FILES_BYTES
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    async with channels.open(address, WORKER) as channel:
         stub = WorkerServiceStub(channel)
         with grpc_errors.typed():
             async for piece in stub.GetModelFiles(

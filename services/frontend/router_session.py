@@ -16,10 +16,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from libs.common import grpc_errors, logs
+from libs.common.channels import Channels
 from libs.common.discovery import Table
 from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearError, WorkerLost
 from libs.common.gathering import Gathering
-from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from services.frontend.core.logprobs import Position, positions_of
 from services.frontend.rounds import Rounds
@@ -152,8 +152,9 @@ class Inbox:
 class RouterSessions:
     """One session with each live router."""
 
-    def __init__(self, window_responses: int) -> None:
+    def __init__(self, window_responses: int, channels: Channels | None = None) -> None:
         self._window_responses = window_responses
+        self._channels = channels or Channels()
         self._sessions: dict[int, _RouterSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
@@ -189,7 +190,9 @@ class RouterSessions:
                 self._start(router)
 
     def _start(self, router: discovery_pb2.Instance) -> None:
-        session = _RouterSession(router, self._window_responses, self._on_connection)
+        session = _RouterSession(
+            router, self._window_responses, self._on_connection, self._channels
+        )
         self._sessions[router.instance_id] = session
         task = asyncio.create_task(session.run(), name=f"session with {router.name}")
         self._tasks.add(task)
@@ -268,8 +271,10 @@ class _RouterSession:
         router: discovery_pb2.Instance,
         window_responses: int,
         on_connection: Callable[[], None],
+        channels: Channels,
     ) -> None:
         self._router = router
+        self._channels = channels
         self._window_responses = window_responses
         self._on_connection = on_connection
         self.is_listed = True
@@ -340,9 +345,7 @@ class _RouterSession:
                 await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _connect(self) -> None:
-        async with grpc.aio.insecure_channel(
-            self._router.address, options=CHANNEL_OPTIONS
-        ) as channel:
+        async with self._channels.open(self._router.address, "router") as channel:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await channel.channel_ready()
             if self.is_listed:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from libs.common import grpc_errors
+from libs.common.channels import Channels
 from libs.common.errors import WorkerLost
-from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.identity import WORKER
 from libs.common.kv_events import KvBatch
 from services.kv_indexer.core.follower import BatchRange
 from services.kv_indexer.events import from_message
@@ -17,7 +17,7 @@ from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
 
 async def fetch_batches(
-    worker: Worker, wanted: BatchRange, timeout_seconds: float
+    worker: Worker, wanted: BatchRange, timeout_seconds: float, channels: Channels | None = None
 ) -> list[KvBatch]:
     """The batches of that range, in order.
 
@@ -31,7 +31,7 @@ async def fetch_batches(
     )
     batches: list[KvBatch] = []
     with grpc_errors.typed():
-        async with grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS) as channel:
+        async with (channels or Channels()).open(worker.address, WORKER) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             async for piece in stub.GetKvBatches(request, timeout=timeout_seconds):
                 for data in piece.batches:

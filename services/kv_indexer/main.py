@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from libs.common import logs
-from libs.common.discovery import Discovery, Table, new_instance_id
-from libs.common.grpc_server import GrpcServer, serving
+from libs.common.channels import Channels
+from libs.common.discovery import Discovery, Table, component, new_instance_id
+from libs.common.grpc_server import GrpcServer, ServerTls, serving
 from libs.common.kv_events import InstanceId
 from libs.common.metrics import serving_metrics
 from libs.common.nats_client import connecting, connection_number
@@ -28,25 +29,33 @@ from switchgear.kv_indexer.v1 import kv_indexer_pb2_grpc
 
 log = logs.get(__name__)
 
+COMPONENT = component(discovery_pb2.ROLE_KV_INDEXER)
+
 
 async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
     """Runs the service until `stop` is set. Serves once it knows who is alive; the index fills
     itself from then on."""
-    discovery = Discovery(settings.etcd_url, settings.namespace)
+    discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
+    await discovery.check_access()
+    channels, certificates = Channels(settings.certificates), settings.certificates
     name = settings.name or "kv_indexer"
     with serving_metrics(settings.host, settings.metrics_port) as metrics_port:
         async with (
             discovery.watching("instances/", discovery_pb2.Instance) as instances,
             discovery.watching("models/", discovery_pb2.ModelCard) as cards,
-            connecting(settings.nats_url, name) as nats,
+            connecting(settings.nats_url, name, settings.nats_access) as nats,
         ):
             indexer = Indexer(
                 index=BlockIndex(settings.max_index_bytes),
                 fetch_snapshot=partial(
-                    fetch_snapshot, timeout_seconds=settings.recovery_timeout_seconds
+                    fetch_snapshot,
+                    timeout_seconds=settings.recovery_timeout_seconds,
+                    channels=channels,
                 ),
                 fetch_batches=partial(
-                    fetch_batches, timeout_seconds=settings.recovery_timeout_seconds
+                    fetch_batches,
+                    timeout_seconds=settings.recovery_timeout_seconds,
+                    channels=channels,
                 ),
                 events_connection=lambda: connection_number(nats),
                 silent_after_seconds=settings.silent_after_seconds,
@@ -63,7 +72,13 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
                 # If a snapshot overtakes the subscription, heartbeats show what fell in between.
                 receiving(nats, settings.namespace, indexer.take),
                 background(indexer.run()) as following,
-                serving(settings.host, settings.grpc_port, add_services, [SERVICE_NAME]) as server,
+                serving(
+                    settings.host,
+                    settings.grpc_port,
+                    add_services,
+                    [SERVICE_NAME],
+                    tls=ServerTls(certificates, COMPONENT) if certificates else None,
+                ) as server,
                 background(
                     _offer(settings, discovery, server, metrics_port, [instances, cards])
                 ) as offering,

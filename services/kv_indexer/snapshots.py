@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
-
 from libs.common import grpc_errors
+from libs.common.channels import Channels
 from libs.common.errors import WorkerLost
-from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.identity import WORKER
 from libs.common.kv_events import ChainStart, InstanceId, KvSnapshot, SequenceHash
 from libs.common.kv_messages import chains_of
 from switchgear.kv_events.v1 import kv_events_pb2
@@ -26,7 +25,9 @@ class Worker:
     block_size_tokens: int
 
 
-async def fetch_snapshot(worker: Worker, timeout_seconds: float) -> KvSnapshot:
+async def fetch_snapshot(
+    worker: Worker, timeout_seconds: float, channels: Channels | None = None
+) -> KvSnapshot:
     """What a worker holds now.
 
     Raises SwitchgearError when it can't be had in time, or when the address turns out to belong to
@@ -37,7 +38,7 @@ async def fetch_snapshot(worker: Worker, timeout_seconds: float) -> KvSnapshot:
     hashes: list[SequenceHash] = []
     chains: list[ChainStart] = []
     with grpc_errors.typed():
-        async with grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS) as channel:
+        async with (channels or Channels()).open(worker.address, WORKER) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             pieces = stub.GetKvSnapshot(worker_pb2.GetKvSnapshotRequest(), timeout=timeout_seconds)
             async for piece in pieces:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import grpc
 
+from libs.common.channels import Channels
+from libs.common.config import ConfigError
 from libs.common.discovery import Discovery
-from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.errors import CredentialsRefused
 from services.kv_indexer.config import KvIndexerSettings
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
@@ -46,14 +48,23 @@ def main(argv: Sequence[str]) -> int:
         " be told. Blocks that the index evicted for want of room are no difference, nor are"
         " batches that are just on their way.",
     )
-    parser.add_argument("--etcd-url", default=settings.etcd_url)
+    parser.add_argument(
+        "--etcd-url",
+        default=settings.etcd_url,
+        help="further settings, such as certificates, are those of the KV indexer and come from the"
+        " environment",
+    )
     parser.add_argument("--namespace", default=settings.namespace)
     parser.add_argument("--timeout-seconds", type=float, default=30.0, help="for all of it")
     arguments = parser.parse_args(argv)
     try:
-        answers, names = asyncio.run(
-            _ask_all(arguments.etcd_url, arguments.namespace, arguments.timeout_seconds)
-        )
+        settings.check_files()
+        discovery = Discovery(arguments.etcd_url, arguments.namespace, settings.etcd_access)
+        channels = Channels(settings.certificates)
+        answers, names = asyncio.run(_ask_all(discovery, channels, arguments.timeout_seconds))
+    except (ConfigError, CredentialsRefused) as error:
+        print(error, file=sys.stderr)
+        return NOT_COMPARED
     except TimeoutError:
         print(f"etcd at {arguments.etcd_url} does not answer", file=sys.stderr)
         return NOT_COMPARED
@@ -65,10 +76,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _ask_all(
-    etcd_url: str, namespace: str, timeout_seconds: float
+    discovery: Discovery, channels: Channels, timeout_seconds: float
 ) -> tuple[list[Answer], dict[int, str]]:
-    """All indexers' answers, and the names of the instances. Raises TimeoutError without etcd."""
-    discovery = Discovery(etcd_url, namespace)
+    """All indexers' answers, and the names of the instances. Raises TimeoutError without etcd, and
+    CredentialsRefused."""
+    await discovery.check_access()
     async with discovery.watching("instances/", discovery_pb2.Instance) as table:
         async with asyncio.timeout(timeout_seconds):
             await table.was_read.wait()
@@ -80,13 +92,15 @@ async def _ask_all(
         for instance in sorted(instances, key=lambda instance: instance.name)
         if instance.role == discovery_pb2.ROLE_KV_INDEXER
     }
-    asked = (ask(name, address, timeout_seconds) for address, name in indexers.items())
+    asked = (ask(name, address, timeout_seconds, channels) for address, name in indexers.items())
     return list(await asyncio.gather(*asked)), names
 
 
-async def ask(name: str, address: str, timeout_seconds: float) -> Answer:
+async def ask(
+    name: str, address: str, timeout_seconds: float, channels: Channels | None = None
+) -> Answer:
     """One indexer's comparison with all of its workers."""
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    async with (channels or Channels()).open(address, "kv_indexer") as channel:
         stub = kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
         try:
             response = await stub.Verify(kv_indexer_pb2.VerifyRequest(), timeout=timeout_seconds)

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 import grpc
 
 from libs.common import logs
+from libs.common.channels import Channels
 from libs.common.discovery import Discovery, Table
-from libs.common.grpc_server import CHANNEL_OPTIONS
+from libs.common.identity import WORKER
 from services.router.core.estimated_holdings import EstimatedHoldings
 from services.router.core.workers import InstanceId, Role, Worker
 from services.router.worker_link import WorkerLink
@@ -40,7 +41,9 @@ class Member:
     discovery drains: it gets nothing new, and is forgotten when its session ends.
     """
 
-    def __init__(self, worker: Worker, address: str, files_checksum: str) -> None:
+    def __init__(
+        self, worker: Worker, address: str, files_checksum: str, channels: Channels
+    ) -> None:
         self.worker = worker
         self.address = address
         self.files_checksum = files_checksum
@@ -50,10 +53,16 @@ class Member:
         self._is_connected = False
         self.links = 0
         """Frontends' sessions to it, which tell its load as soon as its own does."""
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
+        self._channels = channels
+        self.stub = self._connect()
+
+    def _connect(self) -> worker_pb2_grpc.WorkerServiceAsyncStub:
+        self._version = self._channels.version
+        self._channel = self._channels.open(self.address, WORKER)
+        stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(
             self._channel
         )
+        return stub
 
     def set_listed(self, is_listed: bool) -> None:
         """Whether discovery has it. One that comes back while its session stands is taken at once:
@@ -82,6 +91,10 @@ class Member:
                 self._is_connected = self.worker.is_available = False
                 if not self.is_listed:
                     return
+                if self._version != self._channels.version:
+                    # The old channel would go on showing a certificate that may have expired.
+                    await self._channel.close()
+                    self.stub = self._connect()
                 await asyncio.sleep(RECONNECT_SECONDS)
         finally:
             self.worker.is_available = False
@@ -106,6 +119,7 @@ class Fleet:
         instances: Table[discovery_pb2.Instance],
         cards: Table[discovery_pb2.ModelCard],
         estimate_ttl_seconds: float = 120.0,
+        channels: Channels | None = None,
     ) -> None:
         """`estimate_ttl_seconds`: how long a worker without KV events is believed to hold what it
         was given."""
@@ -113,6 +127,7 @@ class Fleet:
         self.estimated: list[Worker] = []
         """Those whose holdings are estimated, since no KV events tell."""
         self._estimate_ttl_seconds = estimate_ttl_seconds
+        self._channels = channels or Channels()
         self._gone_listeners: list[Callable[[Worker], None]] = []
         self._instances = instances
         self._cards = cards
@@ -188,7 +203,9 @@ class Fleet:
                 ttl_seconds=self._estimate_ttl_seconds,
             )
             self.estimated.append(worker)
-        member = self.members[instance_id] = Member(worker, instance.address, card.files_checksum)
+        member = self.members[instance_id] = Member(
+            worker, instance.address, card.files_checksum, self._channels
+        )
         task = asyncio.create_task(member.run(), name=f"worker {instance.name}")
         self._tasks.add(task)
 
@@ -215,14 +232,14 @@ class Fleet:
 
 @asynccontextmanager
 async def watching_workers(
-    discovery: Discovery, estimate_ttl_seconds: float
+    discovery: Discovery, estimate_ttl_seconds: float, channels: Channels
 ) -> AsyncIterator[Fleet]:
     """Follows the workers of the namespace while the body runs."""
     async with (
         discovery.watching("instances/", discovery_pb2.Instance) as instances,
         discovery.watching("models/", discovery_pb2.ModelCard) as cards,
     ):
-        fleet = Fleet(instances, cards, estimate_ttl_seconds)
+        fleet = Fleet(instances, cards, estimate_ttl_seconds, channels)
         try:
             yield fleet
         finally:

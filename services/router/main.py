@@ -7,6 +7,7 @@ import asyncio
 import grpc
 from google.protobuf import struct_pb2
 
+from libs.common.channels import Channels
 from libs.common.discovery import Discovery
 from libs.common.service import offering, until_idle
 from services.router.config import RouterSettings
@@ -23,11 +24,15 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Routes until told to stop, then lets running requests finish."""
-    discovery = Discovery(settings.etcd_url, settings.namespace)
+    discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
+    await discovery.check_access()
+    channels = Channels(settings.certificates)
     degraded = Degraded()
     async with (
-        watching_workers(discovery, settings.estimate_ttl_seconds) as fleet,
-        asking_indexers(discovery, settings.overlap_timeout_seconds, degraded) as overlaps,
+        watching_workers(discovery, settings.estimate_ttl_seconds, channels) as fleet,
+        asking_indexers(
+            discovery, settings.overlap_timeout_seconds, degraded, channels
+        ) as overlaps,
         discovery.watching("config/router/", struct_pb2.Value) as live,
     ):
         servicer = RouterServicer(fleet, overlaps, LiveSettings(settings, live), degraded)

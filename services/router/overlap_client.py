@@ -11,9 +11,9 @@ import grpc
 from prometheus_client import Histogram
 
 from libs.common import logs
+from libs.common.channels import Channels
 from libs.common.discovery import Discovery, Table
 from libs.common.gathering import Gathering
-from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
 from services.router.degraded import NO_KV_INDEXER, Degraded
@@ -47,8 +47,10 @@ class OverlapClient:
         indexers: Table[discovery_pb2.Instance],
         timeout_seconds: float,
         degraded: Degraded,
+        channels: Channels | None = None,
     ) -> None:
         self._indexers = indexers
+        self._opening = channels or Channels()
         self._degraded = degraded
         self._timeout_seconds = timeout_seconds
         self._waiting: list[
@@ -56,6 +58,8 @@ class OverlapClient:
         ] = []
         self._news = asyncio.Event()
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._versions: dict[str, int] = {}
+        """With which certificate each of them was opened."""
         self._failed_at: dict[str, float] = {}
         """When an indexer last failed to answer, in the event loop's seconds."""
 
@@ -97,6 +101,7 @@ class OverlapClient:
         addresses = {indexer.address for indexer in self._indexers.values()}
         for gone in self._channels.keys() - addresses:
             self._failed_at.pop(gone, None)
+            del self._versions[gone]
             await self._channels.pop(gone).close()
         loop = asyncio.get_running_loop()
         # One that is stuck takes all the time there is: it comes last next time.
@@ -110,6 +115,8 @@ class OverlapClient:
                         answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
+                        if self._versions[address] != self._opening.version:
+                            await self._channels.pop(address).close()
                     except ValueError as error:
                         log.warning("indexer answered nonsense", address=address, error=str(error))
                     else:
@@ -126,7 +133,8 @@ class OverlapClient:
     def _stub(self, address: str) -> kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._versions[address] = self._opening.version
+            channel = self._opening.open(address, "kv_indexer")
             self._channels[address] = channel
         stub: kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub = (
             kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
@@ -158,10 +166,13 @@ def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> lis
 
 @asynccontextmanager
 async def asking_indexers(
-    discovery: Discovery, timeout_seconds: float, degraded: Degraded
+    discovery: Discovery,
+    timeout_seconds: float,
+    degraded: Degraded,
+    channels: Channels | None = None,
 ) -> AsyncIterator[OverlapClient]:
     """A client of whatever indexers the namespace has, while the body runs."""
     async with discovery.watching("instances/kv_indexer/", discovery_pb2.Instance) as indexers:
-        client = OverlapClient(indexers, timeout_seconds, degraded)
+        client = OverlapClient(indexers, timeout_seconds, degraded, channels)
         async with background(client.run()):
             yield client
