@@ -30,6 +30,7 @@ HTTP_PORT ?= 8000
 KV_CACHE_BYTES ?= 0
 MAX_MODEL_LEN ?= 0
 SIM_STEP_MS ?=
+TLS ?=
 DETACH ?=
 # Of `make logs` and `make restart`: one process, such as router-0.
 SERVICE ?=
@@ -58,6 +59,7 @@ help: ## list the targets
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
 	@echo "  EMBED=0 (workers that embed, beside the others)  EMBED_MODEL=folder (the same model without)"
 	@echo "  ENVOY=1 (Envoy at HTTP_PORT, in front of all)"
+	@echo "  TLS=1 (certificates for all services, etcd and NATS, and passwords for the latter two)"
 	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
 	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
 
@@ -115,7 +117,7 @@ up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## 
 	    --prefill $(PREFILL) --decode $(DECODE) --embed $(EMBED) --embed-model "$(EMBED_MODEL)" \
 	    --frontends $(FRONTENDS) --routers $(ROUTERS) \
 	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) --kv-cache-bytes $(KV_CACHE_BYTES) \
-	    --max-model-len $(MAX_MODEL_LEN) $(if $(ENVOY),--envoy) \
+	    --max-model-len $(MAX_MODEL_LEN) $(if $(ENVOY),--envoy) $(if $(TLS),--tls) \
 	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(DETACH),--detach)
 
 down: ## stop everything

@@ -17,6 +17,10 @@ import yaml
 
 TEMPLATE = Path(__file__).with_name("envoy.yaml")
 TLS_PORT = 8443
+FRONTEND_NAME = "frontend.switchgear"
+"""In frontends' certificates."""
+
+_TLS_TYPES = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,13 @@ def configuration(
     admin: Address | None = None,
     clusters: Mapping[str, Sequence[Address]] | None = None,
     tls_folder: Path | None = None,
+    services_ca: Path | None = None,
 ) -> dict[str, Any]:
     """The template with what is given in place of what it says.
 
     `clusters` has the addresses of clusters by their name. `tls_folder` is where Envoy will find
-    tls.crt and tls.key; it then listens on port 8443, too. Raises KeyError for an unknown cluster.
+    tls.crt and tls.key; it then listens on port 8443, too. `services_ca` is the CA of services that
+    use TLS among each other. Raises KeyError for an unknown cluster.
     """
     config: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text())
     # Aliases of YAML are the same object; what is changed here must not change elsewhere.
@@ -56,6 +62,8 @@ def configuration(
     for name, addresses in clusters.items():
         endpoints = [{"endpoint": {"address": _socket_address(address)}} for address in addresses]
         by_name[name]["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+    if services_ca is not None:
+        _call_with_tls(config, services_ca)
     if tls_folder is not None:
         config["static_resources"]["listeners"].append(_with_tls(edge, tls_folder))
     return config
@@ -72,12 +80,11 @@ def _with_tls(listener: dict[str, Any], folder: Path) -> dict[str, Any]:
         # Another certificate in the folder is taken without a restart.
         "watched_directory": {"path": str(folder)},
     }
-    prefix = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
     for chain in encrypted["filter_chains"]:
         chain["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {
-                "@type": f"{prefix}.DownstreamTlsContext",
+                "@type": f"{_TLS_TYPES}.DownstreamTlsContext",
                 "common_tls_context": {
                     "alpn_protocols": ["h2", "http/1.1"],
                     "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
@@ -86,6 +93,38 @@ def _with_tls(listener: dict[str, Any], folder: Path) -> dict[str, Any]:
             },
         }
     return encrypted
+
+
+def _call_with_tls(config: dict[str, Any], ca_file: Path) -> None:
+    """Calls frontends' gRPC with TLS. Routers ask for certificates, and Envoy would vouch with its
+    own for callers that it has not looked at: so nobody comes to them this way."""
+    clusters = config["static_resources"]["clusters"]
+    config["static_resources"]["clusters"] = [
+        cluster for cluster in clusters if cluster["name"] != "router_grpc"
+    ]
+    [frontend] = (cluster for cluster in clusters if cluster["name"] == "frontend_grpc")
+    name = {"san_type": "DNS", "matcher": {"exact": FRONTEND_NAME}}
+    frontend["transport_socket"] = {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": f"{_TLS_TYPES}.UpstreamTlsContext",
+            "sni": FRONTEND_NAME,
+            "common_tls_context": {
+                "alpn_protocols": ["h2"],
+                "validation_context": {
+                    "trusted_ca": {"filename": str(ca_file)},
+                    "match_typed_subject_alt_names": [name],
+                },
+            },
+        },
+    }
+    edge = config["static_resources"]["listeners"][0]
+    [connections] = edge["filter_chains"][0]["filters"]
+    for host in connections["typed_config"]["route_config"]["virtual_hosts"]:
+        for route in host["routes"]:
+            if route.get("route", {}).get("cluster") == "router_grpc":
+                del route["route"]
+                route["direct_response"] = {"status": 404}
 
 
 def _socket_address(address: Address) -> dict[str, Any]:
@@ -98,10 +137,17 @@ def main() -> None:
     parser.add_argument(
         "--tls-folder", type=Path, help="TLS is offered when tls.crt and tls.key are in it"
     )
-    folder: Path | None = parser.parse_args().tls_folder
+    parser.add_argument(
+        "--services-ca", type=Path, help="the services' CA; they are called with TLS if it is there"
+    )
+    given = parser.parse_args()
+    folder: Path | None = given.tls_folder
     if folder is not None and not (folder / "tls.crt").is_file():
         folder = None
-    print(json.dumps(configuration(tls_folder=folder)))
+    ca_file: Path | None = given.services_ca
+    if ca_file is not None and not ca_file.is_file():
+        ca_file = None
+    print(json.dumps(configuration(tls_folder=folder, services_ca=ca_file)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -19,11 +20,20 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deploy.local import default_model, explaining, live_config, topology
+from deploy.local import (
+    certificates,
+    default_model,
+    etcd_accounts,
+    explaining,
+    live_config,
+    topology,
+)
+from deploy.local.ask_router import RouterAt
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.ports import FreePorts, is_free
 from deploy.local.process import RunningProcess
 from deploy.local.topology import Deployment, Engine
+from libs.common.identity import CLIENT
 
 _READY_TIMEOUT_SECONDS: dict[Engine, float] = {"sim": 60.0, "vllm": 600.0}
 _WATCH_SECONDS = 0.5
@@ -62,6 +72,7 @@ def up(
     sim_step_ms: Annotated[
         float | None, typer.Option(help="Simulated engines take that long for every step.")
     ] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Certificates and passwords for all.")] = False,
     detach: Annotated[bool, typer.Option(help="Return when everything is ready.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -91,13 +102,19 @@ def up(
         kv_cache_bytes=kv_cache_bytes,
         max_model_len_tokens=max_model_len,
         sim_step_ms=sim_step_ms,
+        tls=tls,
     )
     stop_requested = _stop_requests()
+    secured = topology.certificates_folder(run_dir)
+    if tls:
+        _make_certificates(secured)
     cluster.start(topology.processes(deployment, run_dir, FreePorts().take))
     with ExitStack() as stack:
         # However this ends, even by a print to a terminal that is gone, nothing is left running.
         stack.enter_context(cluster)
         try:
+            if tls:
+                etcd_accounts.require_passwords(cluster.process("etcd-0").spec.address, secured)
             _show_start(cluster, _READY_TIMEOUT_SECONDS[engine], stop_requested)
             _show_usage(deployment, cluster)
             if detach:
@@ -215,6 +232,34 @@ def unset_config(
     _change_config(run_dir, component, key, model, None)
 
 
+@app.command("certificates")
+def make_certificates(
+    folder: Annotated[Path, typer.Argument(help="Where they are to be.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further name or address of frontend, Envoy, etcd and NATS; repeatable."
+        ),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long they are good.")] = (
+        certificates.CERTIFICATE_DAYS
+    ),
+) -> None:
+    """Make a development CA and what it signs; new certificates where the CA is there already."""
+    _make_certificates(folder, host or [], days)
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"in {folder}: {names}", soft_wrap=True)
+
+
+def _make_certificates(
+    folder: Path, hosts: Sequence[str] = (), days: int = certificates.CERTIFICATE_DAYS
+) -> None:
+    try:
+        certificates.make(folder, hosts, days)
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no certificates in {folder}: {error}") from error
+
+
 def _change_config(
     run_dir: Path,
     component: live_config.Component,
@@ -223,19 +268,25 @@ def _change_config(
     value: struct_pb2.Value | None,
 ) -> None:
     etcd_url = LocalCluster(run_dir).process("etcd-0").spec.address
+    secured = topology.certificates_folder(run_dir)
+    access = certificates.access_to("etcd", secured) if etcd_url.startswith("https:") else None
     full_key = live_config.full_key(component, key, model)
-    revision = live_config.write(etcd_url, full_key, value)
+    revision = live_config.write(etcd_url, full_key, value, access)
     problems = live_config.wait_followed(_routers(run_dir), full_key, revision)
     if problems:
         raise ClusterError("; ".join(problems))
     console.print(f"in force on all routers, revision {revision}" if revision else "was not set")
 
 
-def _routers(run_dir: Path) -> dict[str, str]:
-    """Addresses of the living routers, by name."""
+def _routers(run_dir: Path) -> dict[str, RouterAt]:
+    """The living routers, by name."""
+    cluster = LocalCluster(run_dir)
+    secured = None
+    if any(process.spec.address.startswith("https:") for process in cluster.processes()):
+        secured = certificates.files_of(topology.certificates_folder(run_dir), CLIENT)
     found = {
-        process.name: process.spec.address
-        for process in LocalCluster(run_dir).processes()
+        process.name: RouterAt(process.spec.address, secured)
+        for process in cluster.processes()
         if process.name.startswith("router-") and process.is_alive()
     }
     if not found:

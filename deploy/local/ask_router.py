@@ -2,19 +2,32 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
 from deploy.local.cluster import ClusterError
+from libs.common.channels import open_blocking
+from libs.common.credentials import CertificateFiles
 from switchgear.router.v1 import router_pb2_grpc
 
 CALL_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class RouterAt:
+    """Where a router is, and what it is shown."""
+
+    address: str
+    """host:port of its gRPC services."""
+    certificates: CertificateFiles | None = None
+    """None without TLS."""
+
+
 @contextmanager
-def asking(name: str, address: str) -> Iterator[router_pb2_grpc.RouterServiceStub]:
+def asking(name: str, at: RouterAt) -> Iterator[router_pb2_grpc.RouterServiceStub]:
     """A router's stub. Raises ClusterError when the router does not answer in the body."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with open_blocking(at.address, "router", at.certificates) as channel:
         try:
             yield router_pb2_grpc.RouterServiceStub(channel)
         except grpc.RpcError as error:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deploy.local.ask_router import CALL_SECONDS, asking
+from deploy.local.ask_router import CALL_SECONDS, RouterAt, asking
 from switchgear.router.v1 import router_pb2
 
 _WHY_THERE = {
@@ -49,12 +49,12 @@ class Decisions:
     degradations: list[tuple[str, router_pb2.Degradation]] = field(default_factory=list)
 
 
-def last_decisions(routers: Mapping[str, str], request_id: str, limit: int) -> Decisions:
+def last_decisions(routers: Mapping[str, RouterAt], request_id: str, limit: int) -> Decisions:
     """Asks every router, by address. Raises ClusterError when one does not answer."""
     found = Decisions()
-    for name, address in routers.items():
+    for name, at in routers.items():
         request = router_pb2.ExplainDecisionRequest(request_id=request_id, limit=limit)
-        with asking(name, address) as router:
+        with asking(name, at) as router:
             response = router.ExplainDecision(request, timeout=CALL_SECONDS)
         found.decisions += ((name, explanation) for explanation in response.explanations)
         found.degradations += ((name, degradation) for degradation in response.degradations)

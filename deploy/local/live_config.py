@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.local import topology
-from deploy.local.ask_router import CALL_SECONDS, asking
+from deploy.local.ask_router import CALL_SECONDS, RouterAt, asking
 from deploy.local.cluster import ClusterError
+from libs.common.credentials import ServerAccess
 from libs.common.discovery import Discovery
-from libs.common.errors import NoLiveInstance
+from libs.common.errors import CredentialsRefused, NoLiveInstance
 from switchgear.router.v1 import router_pb2
 
 Component = Literal["router"]
@@ -40,25 +41,29 @@ def parsed(value: str) -> struct_pb2.Value:
         return struct_pb2.Value(string_value=value)
 
 
-def write(etcd_url: str, key: str, value: struct_pb2.Value | None) -> int:
+def write(
+    etcd_url: str, key: str, value: struct_pb2.Value | None, access: ServerAccess | None = None
+) -> int:
     """Writes or removes (None) an entry; its revision. Raises ClusterError."""
-    discovery = Discovery(etcd_url, topology.NAMESPACE)
+    discovery = Discovery(etcd_url, topology.NAMESPACE, access)
     change = discovery.delete(key) if value is None else discovery.put(key, value)
     try:
         return asyncio.run(change)
-    except NoLiveInstance as error:
+    except (NoLiveInstance, CredentialsRefused) as error:
         raise ClusterError(error.message) from error
 
 
-def settings_of(routers: Mapping[str, str]) -> Iterator[tuple[str, router_pb2.GetSettingsResponse]]:
+def settings_of(
+    routers: Mapping[str, RouterAt],
+) -> Iterator[tuple[str, router_pb2.GetSettingsResponse]]:
     """What each router goes by now. Raises ClusterError when one does not answer."""
-    for name, address in routers.items():
-        with asking(name, address) as router:
+    for name, at in routers.items():
+        with asking(name, at) as router:
             settings = router.GetSettings(router_pb2.GetSettingsRequest(), timeout=CALL_SECONDS)
         yield name, settings
 
 
-def wait_followed(routers: Mapping[str, str], key: str, revision: int) -> list[str]:
+def wait_followed(routers: Mapping[str, RouterAt], key: str, revision: int) -> list[str]:
     """Returns once every router goes by etcd as of the revision; what went wrong, in words."""
     rejected_key = unquote(key.split("/", 2)[2])
     deadline = time.monotonic() + _FOLLOW_SECONDS

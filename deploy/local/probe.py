@@ -1,9 +1,14 @@
-"""Asking a server whether it is ready; in containers `python -m deploy.local.probe KIND TARGET`."""
+"""Asking a server whether it is ready; in containers `python -m deploy.local.probe KIND TARGET`.
 
+A file of its own, with nothing of the rest of the repository.
+"""
+
+import argparse
 import socket
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Literal, assert_never
 
 import grpc
@@ -11,6 +16,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import BaseModel, ConfigDict
 
 _TIMEOUT_SECONDS = 1.0
+
+
+class ProbeTls(BaseModel):
+    """What a server is shown, and what it is to be. PEM files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ca: Path
+    certificate: Path
+    key: Path
+    name: str
+    """In the server's certificate."""
 
 
 class Probe(BaseModel):
@@ -26,12 +43,16 @@ class Probe(BaseModel):
     kind: Literal["grpc", "http", "nats"]
     target: str
     contains: str = ""
+    service: str = ""
+    """Whose health is asked for, of `grpc`; empty for the whole server's."""
+    tls: ProbeTls | None = None
+    """Of `grpc`; None without TLS."""
 
     def failure(self) -> str | None:
         """Why it is not ready, in a few words; None when it is. Takes a second at most."""
         match self.kind:
             case "grpc":
-                return _grpc_failure(self.target)
+                return _grpc_failure(self.target, self.service, self.tls)
             case "http":
                 return _http_failure(self.target, self.contains)
             case "nats":
@@ -39,11 +60,25 @@ class Probe(BaseModel):
         assert_never(self.kind)
 
 
-def _grpc_failure(target: str) -> str | None:
-    with grpc.insecure_channel(target) as channel:
+def _channel(target: str, tls: ProbeTls | None) -> grpc.Channel:
+    if tls is None:
+        return grpc.insecure_channel(target)
+    credentials = grpc.ssl_channel_credentials(
+        tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes()
+    )
+    options = [("grpc.ssl_target_name_override", tls.name)]
+    return grpc.secure_channel(target, credentials, options=options)
+
+
+def _grpc_failure(target: str, service: str, tls: ProbeTls | None) -> str | None:
+    try:
+        channel = _channel(target, tls)
+    except OSError as error:
+        return f"gRPC health: {error}"
+    with channel:
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_SECONDS
+                health_pb2.HealthCheckRequest(service=service), timeout=_TIMEOUT_SECONDS
             )
         except grpc.RpcError as error:
             return f"gRPC health: {error.code().name}"
@@ -77,5 +112,14 @@ def _nats_failure(target: str) -> str | None:
 
 
 if __name__ == "__main__":
-    _, kind, target = sys.argv
-    sys.exit(Probe.model_validate({"kind": kind, "target": target}).failure())
+    parser = argparse.ArgumentParser(prog="python -m deploy.local.probe")
+    parser.add_argument("kind")
+    parser.add_argument("target")
+    parser.add_argument("--service", default="")
+    parser.add_argument(
+        "--tls", nargs=4, metavar=("CA", "CERTIFICATE", "KEY", "NAME"), help="files, and who it is"
+    )
+    asked = vars(parser.parse_args())
+    if asked["tls"]:
+        asked["tls"] = dict(zip(ProbeTls.model_fields, asked["tls"], strict=True))
+    sys.exit(Probe.model_validate(asked).failure())

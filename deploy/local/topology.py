@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.envoy.configuration import Address, configuration
-from deploy.local.probe import Probe
+from deploy.local import certificates
+from deploy.local.probe import Probe, ProbeTls
 from deploy.local.process import ProcessSpec
+from libs.common.identity import certificate_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMESPACE = "local"
@@ -36,6 +38,9 @@ _VLLM_BLOCK_SIZE_TOKENS = 32
 _CPU_KV_CACHE_BYTES = 512 * 2**20
 # What the workers of one GPU share. The rest is for CUDA itself, and for others.
 _GPU_MEMORY_FRACTION = 0.88
+
+# The others send or follow KV events, or keep responses.
+_WITHOUT_NATS = ("router",)
 
 # Where an OpenTelemetry collector on this machine would be.
 _OTLP_PORT = 4317
@@ -78,6 +83,10 @@ class Deployment(BaseModel):
     """For each vLLM worker; 0 takes 512 MiB on a CPU and a fair share of a GPU."""
     max_model_len_tokens: Count = 0
     """Prompt and output together; 0 takes the model's own limit."""
+    tls: bool = False
+    """Whether services, etcd and NATS show certificates, and the latter two ask for passwords. What
+    that takes is then in the run folder's `certificates`, and etcd is told of its users when it
+    has started."""
     sim_step_ms: Annotated[float, Field(gt=0)] | None = None
     """Simulated engines take that long for every step that decodes, and no time for prompts; None
     leaves them their own timing."""
@@ -94,11 +103,17 @@ def processes(
     deployment: Deployment, run_dir: Path, take_port: Callable[[], int]
 ) -> list[ProcessSpec]:
     """Every process of the deployment. `take_port` gives a port that nothing else uses."""
-    etcd = etcd_server(run_dir, take_port)
-    nats = nats_server(run_dir, take_port)
-    services = list(_Services(deployment, etcd, nats, take_port).all())
-    edge = [envoy(deployment, services, take_port)] if deployment.envoy else []
+    secured = certificates_folder(run_dir) if deployment.tls else None
+    etcd = etcd_server(run_dir, take_port, secured)
+    nats = nats_server(run_dir, take_port, secured)
+    services = list(_Services(deployment, etcd, nats, take_port, secured).all())
+    edge = [envoy(deployment, services, take_port, secured)] if deployment.envoy else []
     return [etcd, nats, *services, *edge]
+
+
+def certificates_folder(run_dir: Path) -> Path:
+    """Where a deployment's certificates and passwords are, if it has any."""
+    return run_dir.absolute() / "certificates"
 
 
 def http_url(deployment: Deployment) -> str:
@@ -112,8 +127,10 @@ class _Services:
         etcd: ProcessSpec,
         nats: ProcessSpec,
         take_port: Callable[[], int],
+        secured: Path | None,
     ) -> None:
         self._deployment = deployment
+        self._secured = secured
         self._etcd_url, self._nats_url = etcd.address, nats.address
         self._take_port = take_port
 
@@ -233,74 +250,115 @@ class _Services:
         command = [python, "-m", f"services.{component}", "--name", name]
         command += ["--namespace", NAMESPACE]
         command += ["--etcd-url", self._etcd_url]
-        if component != "router":  # It alone has no use for it.
+        if component not in _WITHOUT_NATS:
             command += ["--nats-url", self._nats_url]
         command += ["--host", HOST, "--grpc-port", str(ports["grpc"])]
         if "metrics" in ports:
             command += ["--metrics-port", str(ports["metrics"])]
         command += [*flags, *self._deployment.flags.get(component, ())]
         grpc_address = f"{HOST}:{ports['grpc']}"
+        tls = None
+        if self._secured is not None:
+            shown = _shown_by(self._secured, component)
+            tls = ProbeTls(**shown, name=certificate_name(component))
         return ProcessSpec(
             name=name,
             command=tuple(command),
-            environment=_service_environment(component) | (environment or {}),
+            environment=_service_environment(component, self._secured) | (environment or {}),
             ports=ports,
             address=address or grpc_address,
-            probes=(Probe(kind="grpc", target=grpc_address), *probes),
+            probes=(Probe(kind="grpc", target=grpc_address, tls=tls), *probes),
             stage=stage,
         )
 
 
-def _service_environment(component: Component) -> dict[str, str]:
+def _service_environment(component: Component, secured: Path | None) -> dict[str, str]:
     """What a service needs, and the settings that the launcher was given for it.
 
     The latter are in the launcher's environment anyway; they are named here so that a restart from
     another shell has them too.
     """
-    settings = {f"SWITCHGEAR_{component.upper()}_DRAIN_SECONDS": str(_DRAIN_SECONDS)}
+    prefix = f"SWITCHGEAR_{component.upper()}"
+    settings = {f"{prefix}_DRAIN_SECONDS": str(_DRAIN_SECONDS)}
+    if secured is not None:
+        for part, path in _shown_by(secured, component).items():
+            settings[f"{prefix}_TLS_{part.upper()}_FILE"] = str(path)
+        for server in ("ETCD",) if component in _WITHOUT_NATS else ("ETCD", "NATS"):
+            settings[f"{prefix}_{server}_USERNAME"] = certificates.USERNAME
+            password = secured / f"{server.lower()}.password"
+            settings[f"{prefix}_{server}_PASSWORD_FILE"] = str(password)
     settings |= {key: value for key, value in os.environ.items() if key.startswith("SWITCHGEAR_")}
     python_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "build" / "proto")])
     return settings | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
 
 
-def etcd_server(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
-    """An etcd of its own, whose `address` is its URL."""
+def _shown_by(secured: Path, component: str) -> dict[str, Path]:
+    files = certificates.files_of(secured, component)
+    shown = {"ca": files.ca, "certificate": files.certificate, "key": files.key}
+    return {part: path for part, path in shown.items() if path is not None}
+
+
+def etcd_server(
+    run_dir: Path, take_port: Callable[[], int], secured: Path | None = None
+) -> ProcessSpec:
+    """An etcd of its own, whose `address` is its URL. With a folder of certificates it takes none
+    but connections that show one; its peers' port, which nobody uses, stays as it is."""
     ports = {"client": take_port(), "peer": take_port()}
     client_url, peer_url = (f"http://{HOST}:{port}" for port in ports.values())
+    health_url = client_url
+    tls_flags: list[str] = []
+    if secured is not None:
+        ports["metrics"] = take_port()
+        client_url = f"https://{HOST}:{ports['client']}"
+        health_url = f"http://{HOST}:{ports['metrics']}"
+        shown = _shown_by(secured, "etcd")
+        tls_flags = ["--client-cert-auth", "--listen-metrics-urls", health_url]
+        # Every connection of every process checks a password, all at once when etcd starts.
+        tls_flags += ["--bcrypt-cost", "4"]
+        tls_flags += ["--trusted-ca-file", str(shown["ca"])]
+        tls_flags += ["--cert-file", str(shown["certificate"]), "--key-file", str(shown["key"])]
     command = [_server_binary("etcd"), "--name", "etcd-0", "--log-level", "warn"]
     command += ["--data-dir", str(run_dir.absolute() / "etcd-0.data"), "--unsafe-no-fsync"]
     command += ["--listen-client-urls", client_url, "--advertise-client-urls", client_url]
     command += ["--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url]
-    command += ["--initial-cluster", f"etcd-0={peer_url}"]
+    command += ["--initial-cluster", f"etcd-0={peer_url}", *tls_flags]
     return ProcessSpec(
         name="etcd-0",
         command=tuple(command),
         ports=ports,
         address=client_url,
-        probes=(Probe(kind="http", target=f"{client_url}/health", contains='"true"'),),
+        probes=(Probe(kind="http", target=f"{health_url}/health", contains='"true"'),),
         stage=SERVERS_STAGE,
     )
 
 
-def nats_server(run_dir: Path, take_port: Callable[[], int]) -> ProcessSpec:
+def nats_server(
+    run_dir: Path, take_port: Callable[[], int], secured: Path | None = None
+) -> ProcessSpec:
     """A NATS server of its own, whose `address` is its URL. It can keep streams, which frontends
-    make when they are told to keep responses."""
+    make when they are told to keep responses. With a folder of certificates it takes none but
+    connections that show one, and a password."""
     port = take_port()
     address = f"{HOST}:{port}"
     command = [_server_binary("nats-server"), "--addr", HOST, "--port", str(port)]
     command += ["--jetstream", "--store_dir", str(run_dir.absolute() / "nats-0.data")]
+    if secured is not None:
+        command += ["--config", str(secured / "nats.conf")]
     return ProcessSpec(
         name="nats-0",
         command=tuple(command),
         ports={"client": port},
-        address=f"nats://{address}",
+        address=f"{'tls' if secured else 'nats'}://{address}",
         probes=(Probe(kind="nats", target=address),),
         stage=SERVERS_STAGE,
     )
 
 
 def envoy(
-    deployment: Deployment, services: Iterable[ProcessSpec], take_port: Callable[[], int]
+    deployment: Deployment,
+    services: Iterable[ProcessSpec],
+    take_port: Callable[[], int],
+    secured: Path | None = None,
 ) -> ProcessSpec:
     """Envoy in front of all frontends and routers, with the configuration of any deployment."""
     services = list(services)
@@ -320,6 +378,7 @@ def envoy(
             "router_grpc": addresses("router", "grpc"),
             "otel_collector": [Address(HOST, _OTLP_PORT)],
         },
+        services_ca=secured and secured / "ca.crt",
     )
     command = [_server_binary("envoy"), "--config-yaml", json.dumps(config)]
     # Without it several Envoys on a host would take each other for what they are to replace.

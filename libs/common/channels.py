@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from libs.common.credentials import CertificateFiles, FollowedCertificates
+from libs.common.credentials import CertificateFiles, FollowedCertificates, Pem
 from libs.common.grpc_server import CHANNEL_OPTIONS
 from libs.common.identity import certificate_name
 
@@ -36,7 +36,27 @@ class Channels:
             return grpc.aio.insecure_channel(address, options=options)
         pem = self._certificates.latest()
         return grpc.aio.secure_channel(
-            address,
-            grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate),
-            options=[*options, ("grpc.ssl_target_name_override", certificate_name(component))],
+            address, _credentials(pem), options=[*options, _expecting(component)]
         )
+
+
+def open_blocking(
+    address: str, component: str, certificates: CertificateFiles | None
+) -> grpc.Channel:
+    """A channel for programs without an event loop. Raises ValueError naming a file that can't be
+    used."""
+    if certificates is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(
+        address,
+        _credentials(certificates.read()),
+        options=[*CHANNEL_OPTIONS, _expecting(component)],
+    )
+
+
+def _credentials(pem: Pem) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+
+
+def _expecting(component: str) -> tuple[str, str]:
+    return "grpc.ssl_target_name_override", certificate_name(component)

@@ -16,11 +16,11 @@ prompts."""
 
 CLIENT = "client"
 """People's tools, scripts and other teams."""
-ENVOY = "envoy"
 
 CALLERS: Mapping[str, frozenset[str]] = {
-    "router": frozenset({"frontend", ENVOY, CLIENT}),
-    "kv_indexer": frozenset({"router", CLIENT}),
+    "router": frozenset({"frontend", CLIENT}),
+    # Its own: `python -m services.kv_indexer verify` is run beside one.
+    "kv_indexer": frozenset({"router", "kv_indexer", CLIENT}),
     "prefill_worker": frozenset({"router", "kv_indexer", "frontend", CLIENT}),
     "decode_worker": frozenset({"router", "kv_indexer", "frontend", CLIENT}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -20,6 +21,8 @@ log = logs.get(__name__)
 RECONNECT_SECONDS = 1
 FIRST_ANSWER_SECONDS = 5
 """How long a start waits to hear whether NATS lets us in."""
+
+CLOSE_SECONDS = 1
 
 _NO_TLS = "the server offers no TLS"
 _UNREADABLE = "credentials not read"
@@ -50,6 +53,15 @@ class _Client(Client):
     def token(self) -> str:
         """Asked for before every CONNECT."""
         return self._to_be_sent(self._access.token)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        # A connection whose handshake failed is waited for in vain: what would tell of its end was
+        # told to TLS.
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await super()._close(status, do_cbs)
+        except TimeoutError:
+            self._status = status
 
     def _to_be_sent(self, read: Callable[[], str]) -> str:
         # The server says whether it goes on with TLS, or who pretends to be it.
@@ -91,10 +103,14 @@ async def connecting(
     async def on_error(error: Exception) -> None:
         refusal = _as_refusal(url, error)
         if refusal is None:
-            log.debug("nats error", error=repr(error))
-        else:
+            level = logging.DEBUG if first_answer.done() else logging.WARNING
+            log.log(level, "nats unavailable", url=url, error=repr(error))
+            answered(None)
+        elif first_answer.done():
             log.error("nats refuses", error=str(refusal))
-        answered(refusal)
+        else:
+            # Ends the attempts to connect; what was opened for them is closed with the client.
+            raise refusal
 
     async def on_disconnect() -> None:
         log.warning("nats disconnected", url=url)
@@ -104,25 +120,29 @@ async def connecting(
         answered(None)
 
     async def connect() -> None:
-        await client.connect(
-            url,
-            name=name,
-            user=access.username or None,
-            password=client.password if access.password_file else None,
-            token=client.token if access.token_file else None,
-            allow_reconnect=True,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=RECONNECT_SECONDS,
-            connect_timeout=2,
-            ping_interval=5,
-            max_outstanding_pings=2,
-            # What can't be sent now is stale later: readers notice the gap and take a snapshot.
-            pending_size=0,
-            error_cb=on_error,
-            disconnected_cb=on_disconnect,
-            reconnected_cb=on_connect,
-        )
-        await on_connect()
+        try:
+            await client.connect(
+                url,
+                name=name,
+                user=access.username or None,
+                password=client.password if access.password_file else None,
+                token=client.token if access.token_file else None,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=RECONNECT_SECONDS,
+                connect_timeout=2,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                # What can't be sent now is stale later: readers notice the gap and take a snapshot.
+                pending_size=0,
+                error_cb=on_error,
+                disconnected_cb=on_disconnect,
+                reconnected_cb=on_connect,
+            )
+        except CredentialsRefused as refusal:
+            answered(refusal)
+        else:
+            await on_connect()
 
     async with background(connect()):
         try:

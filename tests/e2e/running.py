@@ -12,10 +12,12 @@ from typing import Any
 import grpc
 import httpx
 
-from deploy.local import topology
+from deploy.local import certificates, etcd_accounts, topology
 from deploy.local.cluster import LocalCluster
 from deploy.local.ports import FreePorts
 from deploy.local.topology import Component, Deployment, Engine
+from libs.common.channels import Channels
+from libs.common.identity import CLIENT
 
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 60
 """Some 600 tokens: enough to be worth a prefill worker."""
@@ -55,6 +57,11 @@ class Running:
         self.cluster = cluster
         self.model = deployment.model_name
         self.url = topology.http_url(deployment)
+        self.secured = topology.certificates_folder(cluster.run_dir)
+        """Where certificates and passwords are, with `tls`."""
+        self._channels = Channels(
+            certificates.files_of(self.secured, CLIENT) if deployment.tls else None
+        )
 
     def chat(self, prompt: str, headers: dict[str, str] | None = None, **options: object) -> Answer:
         """One chat completion, not streamed."""
@@ -72,8 +79,11 @@ class Running:
 
     def channel(self, service: str) -> grpc.aio.Channel:
         """A channel to the gRPC port of a process such as router-0."""
-        port = self.cluster.process(service).spec.ports["grpc"]
-        return grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        return self._channels.open(self.grpc_address(service), service.rpartition("-")[0])
+
+    def grpc_address(self, service: str) -> str:
+        """host:port of a process such as router-0."""
+        return f"127.0.0.1:{self.cluster.process(service).spec.ports['grpc']}"
 
     def metric(self, service: str, name: str, **labels: str) -> float:
         """The sum of a metric's samples of one process; 0 when there are none."""
@@ -113,8 +123,13 @@ def running(
             **counts,
         }
     )
+    secured = topology.certificates_folder(run_dir)
+    if deployment.tls:
+        certificates.make(secured)
     with LocalCluster(run_dir) as cluster:
         cluster.start(topology.processes(deployment, run_dir, ports.take))
+        if deployment.tls:
+            etcd_accounts.require_passwords(cluster.process("etcd-0").spec.address, secured)
         cluster.wait_ready(ready_seconds)
         yield Running(cluster, deployment)
 

@@ -62,16 +62,19 @@ class Client:
         *,
         api_key: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
         deadline_seconds: float = 300.0,
         max_attempts: int = 4,
     ) -> None:
         """`address` is host:port. Without `credentials`, such as
         `grpc.ssl_channel_credentials()`, the connection, with the API key, is not encrypted.
-        `deadline_seconds` is for each call, retries included."""
+        `server_name` is what the server's certificate must say when that is not the host, such as
+        frontend.switchgear. `deadline_seconds` is for each call, retries included."""
+        name = [("grpc.ssl_target_name_override", server_name)] if server_name else []
         self._channel = (
             grpc.aio.insecure_channel(address, options=_OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+            else grpc.aio.secure_channel(address, credentials, options=[*_OPTIONS, *name])
         )
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self.stub = InferenceServiceStub(self._channel)

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from libs.common.config import ConfigError, ServiceSettings, exit_on_bad_settings, load
+from deploy.local import certificates
+from libs.common.config import (
+    ConfigError,
+    KvEventSettings,
+    ServiceSettings,
+    exit_on_bad_settings,
+    load,
+)
+from libs.common.credentials import CertificateFiles, ServerAccess
 
 
 class ExampleSettings(ServiceSettings):
@@ -87,3 +96,70 @@ def test_help_shows_what_each_setting_is_for(
     text = capsys.readouterr().out
     assert "An example." in text
     assert "What it weighs." in text
+
+
+def tls_flags(folder: Path, name: str) -> list[str]:
+    files = ("--tls-ca-file", "ca.crt", "--tls-certificate-file", f"{name}.crt")
+    flags = [*files, "--tls-key-file", f"{name}.key"]
+    return [flag if flag.startswith("--") else str(folder / flag) for flag in flags]
+
+
+def test_without_certificates_there_is_no_tls(read: Read) -> None:
+    assert read().certificates is None
+    assert read().etcd_access == ServerAccess()
+
+
+def test_etcd_and_nats_are_shown_the_services_certificate_unless_they_have_their_own(
+    tmp_path: Path,
+) -> None:
+    certificates.make(tmp_path)
+    flags = [*tls_flags(tmp_path, "router"), "--etcd-ca-file", str(tmp_path / "etcd.crt")]
+    flags += ["--nats-certificate-file", str(tmp_path / "client.crt")]
+    flags += ["--nats-key-file", str(tmp_path / "client.key")]
+    flags += ["--nats-token-file", str(tmp_path / "nats.password")]
+    settings = load(KvEventSettings, flags, {}, "example")
+    router = certificates.files_of(tmp_path, "router")
+    assert settings.certificates == router
+    assert settings.etcd_access == ServerAccess(
+        CertificateFiles(tmp_path / "etcd.crt", router.certificate, router.key)
+    )
+    client = certificates.files_of(tmp_path, "client")
+    assert settings.nats_access == ServerAccess(client, token_file=tmp_path / "nats.password")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--tls-ca-file", "ca.crt"], "--tls-certificate-file .*, --tls-key-file .* must be set"),
+        (
+            ["--tls-certificate-file", "router.crt", "--tls-key-file", "router.key"],
+            "--tls-ca-file .*TLS_CA_FILE.* must be set with --tls-certificate-file",
+        ),
+        (["--etcd-key-file", "router.key"], "--etcd-certificate-file .* must be set with"),
+        (["--etcd-username", "x"], "--etcd-password-file .* must be set with --etcd-username"),
+        (["--nats-password-file", "nats.password"], "--nats-username .* must be set with"),
+        (["--etcd-ca-file", "nothing"], "certificates for etcd: can't read .*nothing"),
+        (["--nats-token-file", "nothing"], "--nats-token-file .*: can't read .*nothing"),
+        (
+            [
+                *("--nats-username", "x", "--nats-password-file", "nats.password"),
+                *("--nats-token-file", "nats.password"),
+            ],
+            "--nats-username .* and --nats-token-file .* are both set",
+        ),
+        (
+            [
+                *("--tls-ca-file", "ca.crt", "--tls-certificate-file", "router.crt"),
+                *("--tls-key-file", "client.key"),
+            ],
+            "certificates for tls: .*router.crt and .*client.key are not a certificate and its key",
+        ),
+    ],
+)
+def test_credentials_that_are_incomplete_or_cant_be_used_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], problem: str
+) -> None:
+    certificates.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=problem):
+        load(KvEventSettings, flags, {}, "example")

@@ -1,0 +1,177 @@
+"""A real etcd and a real NATS that ask for certificates and passwords."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import aetcd
+import pytest
+
+from deploy.local import certificates, etcd_accounts, topology
+from deploy.local.cluster import LocalCluster
+from deploy.local.ports import FreePorts
+from libs.common.credentials import CertificateFiles, ServerAccess
+from libs.common.discovery import Discovery
+from libs.common.errors import CredentialsRefused
+from libs.common.etcd_client import EtcdClient
+from libs.common.nats_client import connecting
+from switchgear.discovery.v1 import discovery_pb2
+from tests.fixtures.eventually import until
+from tests.fixtures.servers import ServerProcess
+
+READY_SECONDS = 30
+WORKER = discovery_pb2.Instance(
+    instance_id=0xAB, role=discovery_pb2.ROLE_DECODE_WORKER, name="w", address="127.0.0.1:1"
+)
+
+
+class Servers:
+    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+
+    def url(self, server: str) -> str:
+        return self.cluster.process(f"{server}-0").spec.address
+
+    def access(self, server: str) -> ServerAccess:
+        return certificates.access_to(server, self.folder)
+
+    def wrong_password(self, server: str) -> ServerAccess:
+        (self.folder / "wrong.password").write_text("wrong")
+        return replace(self.access(server), password_file=self.folder / "wrong.password")
+
+    def discovery(self, access: ServerAccess, namespace: str = "ns") -> Discovery:
+        return Discovery(self.url("etcd"), namespace, access)
+
+    def restart(self, server: str) -> None:
+        self.cluster.restart(f"{server}-0", READY_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    run_dir, ports = tmp_path_factory.mktemp("run"), FreePorts()
+    folder = topology.certificates_folder(run_dir)
+    certificates.make(folder)
+    with LocalCluster(run_dir) as cluster:
+        cluster.start(
+            [
+                topology.etcd_server(run_dir, ports.take, folder),
+                topology.nats_server(ports.take, folder),
+            ]
+        )
+        cluster.wait_ready(READY_SECONDS)
+        servers = Servers(cluster, folder)
+        etcd_accounts.require_passwords(servers.url("etcd"), folder)
+        yield servers
+
+
+def no_user(servers: Servers, server: str) -> ServerAccess:
+    return ServerAccess(servers.access(server).certificates)
+
+
+def another_ca(servers: Servers, server: str) -> ServerAccess:
+    certificates.make(servers.folder / "other")
+    files = certificates.files_of(servers.folder, "client")
+    ca = servers.folder / "other" / "ca.crt"
+    return replace(
+        servers.access(server), certificates=CertificateFiles(ca, files.certificate, files.key)
+    )
+
+
+def no_certificate(servers: Servers, server: str) -> ServerAccess:
+    files = CertificateFiles(servers.folder / "ca.crt")
+    return replace(servers.access(server), certificates=files)
+
+
+def no_password_file(servers: Servers, server: str) -> ServerAccess:
+    return replace(servers.access(server), password_file=servers.folder / "nothing")
+
+
+WRONG = [Servers.wrong_password, no_user, another_ca, no_password_file]
+Wrong = Callable[[Servers, str], ServerAccess]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, no_certificate])
+async def test_a_start_is_told_that_etcd_does_not_let_it_in(servers: Servers, wrong: Wrong) -> None:
+    discovery = servers.discovery(wrong(servers, "etcd"))
+    with pytest.raises(CredentialsRefused, match=f"etcd at {servers.url('etcd')} can't be used"):
+        await discovery.check_access()
+    with pytest.raises(CredentialsRefused):
+        await discovery.read("instances/", discovery_pb2.Instance)
+
+
+async def test_a_user_of_etcd_sees_switchgears_keys_only(servers: Servers) -> None:
+    client = EtcdClient(servers.url("etcd"), servers.access("etcd"), 5, {})
+    async with client:
+        await client.get(b"/switchgear/v1/ns/config/router/temperature")
+        with pytest.raises(aetcd.ClientError, match="permission denied"):
+            await client.get(b"/elsewhere")
+
+
+async def test_registering_outlives_a_restart_of_an_etcd_with_passwords(servers: Servers) -> None:
+    there = servers.discovery(servers.access("etcd"))
+    await there.check_access()
+    late = discovery_pb2.Instance(instance_id=2, role=discovery_pb2.ROLE_ROUTER, name="late")
+    async with (
+        there.watching("instances/", discovery_pb2.Instance) as instances,
+        there.registered(WORKER),
+    ):
+        await until(lambda: WORKER in instances.values())
+        await asyncio.to_thread(servers.restart, "etcd")
+        async with servers.discovery(servers.access("etcd")).registered(late):
+            await until(lambda: late in instances.values())
+        assert WORKER in instances.values()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_a_start_is_told_that_nats_does_not_let_it_in(servers: Servers, wrong: Wrong) -> None:
+    with pytest.raises(CredentialsRefused, match=f"NATS at {servers.url('nats')} can't be used"):
+        async with connecting(servers.url("nats"), "test", wrong(servers, "nats")):
+            pass
+
+
+async def test_without_a_certificate_nats_is_never_connected(servers: Servers) -> None:
+    # It ends the connection without a word, as one does that is just stopping: no refusal.
+    async with connecting(servers.url("nats"), "test", no_certificate(servers, "nats")) as nats:
+        assert not nats.is_connected
+
+
+async def test_a_subscription_outlives_a_restart_of_a_nats_with_passwords(servers: Servers) -> None:
+    url, access, received = servers.url("nats"), servers.access("nats"), []
+
+    async def on_message(message: object) -> None:
+        received.append(message)
+
+    async with connecting(url, "reader", access) as reader:
+        assert reader.is_connected
+        await reader.subscribe("subject", cb=on_message)
+        await asyncio.to_thread(servers.restart, "nats")
+        async with connecting(url, "writer", access) as writer:
+            await until(lambda: reader.is_connected and reader.stats["reconnects"] == 1)
+            await writer.publish("subject", b"x")
+            await until(lambda: bool(received))
+
+
+async def test_a_password_is_never_sent_to_a_nats_without_the_tls_that_was_asked_for(
+    nats_server: ServerProcess, servers: Servers
+) -> None:
+    url = nats_server.url.replace("nats://", "tls://")
+    with pytest.raises(CredentialsRefused, match="the server offers no TLS"):
+        async with connecting(url, "test", servers.access("nats")):
+            pass
+
+
+async def test_a_token_lets_in_as_well(
+    tmp_path: Path, start_nats: Callable[..., ServerProcess]
+) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    server = start_nats("--auth", "s3cret")
+    async with connecting(server.url, "test", ServerAccess(token_file=tmp_path / "token")) as nats:
+        assert nats.is_connected
+    (tmp_path / "token").write_text("other")
+    with pytest.raises(CredentialsRefused, match="Authorization Violation"):
+        async with connecting(server.url, "test", ServerAccess(token_file=tmp_path / "token")):
+            pass
