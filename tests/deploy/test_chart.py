@@ -15,6 +15,7 @@ from deploy.delivery.__main__ import ROOT
 from libs.common import config
 from libs.common.config import ServiceSettings
 from libs.common.grpc_server import ALIVE
+from libs.common.identity import certificate_name
 from services.decode_worker.config import DecodeWorkerSettings
 from services.frontend.config import FrontendSettings
 from services.kv_indexer.config import KvIndexerSettings
@@ -30,6 +31,8 @@ SETTINGS: Mapping[str, type[ServiceSettings]] = {
     "prefill_worker": PrefillWorkerSettings,
     "router": RouterSettings,
 }
+
+SECURED = {"tls": {"secretName": "router-tls"}, "credentials": {"secretName": "passwords"}}
 
 # The oldest that the chart's kubeVersion allows, and the newest that there are schemas of.
 KUBERNETES = ("1.27", kubernetes_validate.latest_version())
@@ -101,6 +104,44 @@ def test_objects_are_valid_by_kubernetes_schemas(
     assert ("HorizontalPodAutoscaler" in objects) is autoscaled
     for found in objects.values():
         kubernetes_validate.validate(found, version, strict=True)
+
+
+@every_service
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_certificates_and_passwords_are_mounted_from_secrets(component: str, version: str) -> None:
+    objects = rendered(component, **SECURED)
+    for found in objects.values():
+        kubernetes_validate.validate(found, version, strict=True)
+    secrets = {
+        volume["name"]: volume["secret"]["secretName"]
+        for volume in pod(objects)["volumes"]
+        if "secret" in volume
+    }
+    assert secrets == {"tls": "router-tls", "credentials": "passwords"}
+    mounted = {mount["name"]: mount["mountPath"] for mount in container(objects)["volumeMounts"]}
+    env = dict(environment(component, objects))
+    for part, file in (("CA", "ca.crt"), ("CERTIFICATE", "tls.crt"), ("KEY", "tls.key")):
+        name = f"SWITCHGEAR_{component.upper()}_TLS_{part}_FILE"
+        assert env[name] == f"{mounted['tls']}/{file}"
+        assert f"tls_{part.lower()}_file" in SETTINGS[component].model_fields
+    assert mounted["credentials"] == "/etc/switchgear/credentials"
+
+
+@every_service
+def test_with_certificates_a_program_in_the_container_asks_for_health(component: str) -> None:
+    only = container(rendered(component, **SECURED))
+    for kind, service in (("startup", ALIVE), ("readiness", ""), ("liveness", ALIVE)):
+        command = only[f"{kind}Probe"]["exec"]["command"]
+        assert command[:5] == ["python", "-m", "deploy.local.probe", "grpc", "127.0.0.1:50051"]
+        assert command[5:8] == ["--service", service, "--tls"]
+        assert command[11:] == [certificate_name(component)]
+        env = dict(environment(component, rendered(component, **SECURED)))
+        prefix = f"SWITCHGEAR_{component.upper()}_TLS"
+        assert command[8:11] == [
+            env[f"{prefix}_{part}_FILE"] for part in ("CA", "CERTIFICATE", "KEY")
+        ]
+    dockerfile = (ROOT / f"services/{component}/Dockerfile").read_text()
+    assert "COPY deploy/local/__init__.py deploy/local/probe.py deploy/local/" in dockerfile
 
 
 @every_service

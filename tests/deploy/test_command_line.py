@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from typer.testing import CliRunner
 
 from deploy.local import __main__ as command_line
@@ -173,3 +174,22 @@ def test_status_shows_the_living_and_the_dead(model: Path, cluster: LocalCluster
         ("a-0", "ready"),
         ("b-0", "dead"),
     ]
+
+
+def test_certificates_are_made_for_the_hosts_that_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    flags = ["certificates", str(folder), "--host", "etcd.example", "--host", "10.0.0.7"]
+    result = CliRunner().invoke(command_line.app, flags)
+    assert result.exit_code == 0, result.output
+    assert "etcd.password" in result.output
+    certificate = x509.load_pem_x509_certificate((folder / "etcd.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "etcd.example" in names.get_values_for_type(x509.DNSName)
+    assert "10.0.0.7" in map(str, names.get_values_for_type(x509.IPAddress))
+
+
+def test_a_folder_that_certificates_cant_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(command_line.app, ["certificates", str(tmp_path / "file")])
+    assert isinstance(result.exception, ClusterError)
+    assert f"no certificates in {tmp_path}/file" in str(result.exception)

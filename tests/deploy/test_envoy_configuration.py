@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.envoy.configuration import TEMPLATE, TLS_PORT, Address, configuration
+from libs.common.identity import certificate_name
 
 
 def listeners(config: dict[str, Any]) -> dict[str, tuple[str, int]]:
@@ -93,3 +94,25 @@ def test_a_container_offers_tls_when_there_is_a_certificate(
     command = [sys.executable, "-m", "deploy.envoy.configuration", "--tls-folder", str(folder)]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ("edge_tls" in listeners(json.loads(printed.stdout))) == has_certificate
+
+
+def test_services_with_tls_are_called_with_it_and_routers_not_at_all(
+    certificates: Path, tmp_path: Path
+) -> None:
+    config = configuration(services_ca=certificates / "tls.crt")
+    found = {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
+    context = found["frontend_grpc"]["transport_socket"]["typed_config"]
+    assert context["sni"] == certificate_name("frontend")
+    assert "transport_socket" not in found["frontend_rest"]
+    assert "router_grpc" not in json.dumps(config)
+    path = tmp_path / "envoy.json"
+    path.write_text(json.dumps(config))
+    assert_accepted(path)
+
+
+@pytest.mark.parametrize("has_ca", [True, False])
+def test_a_container_calls_with_tls_when_there_is_a_ca(certificates: Path, has_ca: bool) -> None:
+    file = certificates / ("tls.crt" if has_ca else "none.crt")
+    command = [sys.executable, "-m", "deploy.envoy.configuration", "--services-ca", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ("UpstreamTlsContext" in printed.stdout) == has_ca

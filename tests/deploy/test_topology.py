@@ -9,6 +9,7 @@ import pytest
 from deploy.local import topology
 from deploy.local.process import ProcessSpec
 from deploy.local.topology import Deployment
+from libs.common.identity import certificate_name
 
 
 def specs(**choices: Any) -> dict[str, ProcessSpec]:
@@ -150,3 +151,27 @@ def test_settings_in_the_environment_are_remembered_for_a_restart(
 ) -> None:
     monkeypatch.setenv("SWITCHGEAR_ROUTER_TEMPERATURE", "0.5")
     assert specs()["router-0"].environment["SWITCHGEAR_ROUTER_TEMPERATURE"] == "0.5"
+
+
+def test_with_tls_every_process_is_told_where_its_certificates_and_passwords_are() -> None:
+    made = specs(tls=True, envoy=True)
+    assert made["etcd-0"].address.startswith("https://")
+    assert made["nats-0"].address.startswith("tls://")
+    assert flag(made["nats-0"], "--config") == "/run/certificates/nats.conf"
+    for component in ("frontend", "router", "kv_indexer", "prefill_worker", "decode_worker"):
+        spec = made[f"{component}-0"]
+        prefix = f"SWITCHGEAR_{component.upper()}"
+        assert spec.environment[f"{prefix}_TLS_KEY_FILE"] == f"/run/certificates/{component}.key"
+        assert spec.environment[f"{prefix}_ETCD_USERNAME"] == "switchgear"
+        assert (f"{prefix}_NATS_PASSWORD_FILE" in spec.environment) == (
+            "--nats-url" in spec.command
+        )
+        assert spec.probes[0].tls is not None
+        assert spec.probes[0].tls.name == certificate_name(component)
+    assert "/run/certificates/ca.crt" in flag(made["envoy-0"], "--config-yaml")
+
+
+def test_without_tls_there_is_no_word_of_certificates() -> None:
+    assert "certificates" not in "".join(
+        spec.model_dump_json() for spec in specs(envoy=True).values()
+    )

@@ -23,6 +23,7 @@ from switchgear.router.v1 import router_pb2, router_pb2_grpc
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from switchgear_client import Client
 from tests.e2e.running import LONG_PROMPT, Running, running
+from tests.fixtures.eventually import eventually
 
 END_SECONDS = 60
 
@@ -169,7 +170,11 @@ async def test_etcd_and_nats_may_restart(deployment: Running) -> None:
     assert (await asyncio.to_thread(deployment.chat, "Who is there?")).status == 200
     # One that starts now is let in, and found.
     await asyncio.to_thread(deployment.cluster.restart, "decode_worker-0", END_SECONDS)
-    assert (await asyncio.to_thread(deployment.chat, "And now?")).status == 200
+
+    async def is_answered() -> bool:
+        return (await asyncio.to_thread(deployment.chat, "And now?")).status == 200
+
+    await eventually(is_answered)
 
 
 async def test_replaced_certificates_are_taken_without_a_restart(deployment: Running) -> None:
