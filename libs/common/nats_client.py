@@ -54,6 +54,15 @@ class _Client(Client):
         """Asked for before every CONNECT."""
         return self._to_be_sent(self._access.token)
 
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            # Another attempt opens another connection, and this one would stay open.
+            if self._transport is not None:
+                self._transport.close()
+            raise
+
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         # A connection whose handshake failed is waited for in vain: what would tell of its end was
         # told to TLS.
@@ -94,6 +103,7 @@ async def connecting(
     access = access or ServerAccess()
     client = _Client(url, access)
     loop = asyncio.get_running_loop()
+    is_first_attempt = True
     first_answer: asyncio.Future[CredentialsRefused | None] = loop.create_future()
 
     def answered(refusal: CredentialsRefused | None) -> None:
@@ -106,11 +116,12 @@ async def connecting(
             level = logging.DEBUG if first_answer.done() else logging.WARNING
             log.log(level, "nats unavailable", url=url, error=repr(error))
             answered(None)
-        elif first_answer.done():
-            log.error("nats refuses", error=str(refusal))
-        else:
+        elif is_first_attempt and not first_answer.done():
             # Ends the attempts to connect; what was opened for them is closed with the client.
             raise refusal
+        else:
+            log.error("nats refuses", error=str(refusal))
+            answered(refusal)
 
     async def on_disconnect() -> None:
         log.warning("nats disconnected", url=url)
@@ -120,6 +131,7 @@ async def connecting(
         answered(None)
 
     async def connect() -> None:
+        nonlocal is_first_attempt
         try:
             await client.connect(
                 url,
@@ -142,7 +154,10 @@ async def connecting(
         except CredentialsRefused as refusal:
             answered(refusal)
         else:
-            await on_connect()
+            is_first_attempt = False
+            # A connection that ends without a word, for want of a certificate, returns as well.
+            if client.is_connected:
+                await on_connect()
 
     async with background(connect()):
         try:
