@@ -60,7 +60,7 @@ class _Client(Client):
         except BaseException:
             # Another attempt opens another connection, and this one would stay open.
             if self._transport is not None:
-                self._transport.close()
+                self._transport.close()  # type: ignore[no-untyped-call]
             raise
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
