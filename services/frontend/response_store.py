@@ -180,5 +180,6 @@ async def response_store(settings: FrontendSettings) -> AsyncIterator[ResponseSt
         seconds=settings.stored_response_seconds,
         response_bytes=settings.stored_response_bytes,
     )
-    async with connecting(settings.nats_url, settings.name or "frontend") as client:
+    name = settings.name or "frontend"
+    async with connecting(settings.nats_url, name, settings.nats_access) as client:
         yield ResponseStore(client, settings.namespace, limits)

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from deploy.local import certificates
 from libs.common.config import (
     ConfigError,
-    KvEventSettings,
+    NatsSettings,
     ServiceSettings,
     exit_on_bad_settings,
     load,
@@ -117,7 +117,7 @@ def test_etcd_and_nats_are_shown_the_services_certificate_unless_they_have_their
     flags += ["--nats-certificate-file", str(tmp_path / "client.crt")]
     flags += ["--nats-key-file", str(tmp_path / "client.key")]
     flags += ["--nats-token-file", str(tmp_path / "nats.password")]
-    settings = load(KvEventSettings, flags, {}, "example")
+    settings = load(NatsSettings, flags, {}, "example")
     router = certificates.files_of(tmp_path, "router")
     assert settings.certificates == router
     assert settings.etcd_access == ServerAccess(
@@ -162,4 +162,4 @@ def test_credentials_that_are_incomplete_or_cant_be_used_are_named(
     certificates.make(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=problem):
-        load(KvEventSettings, flags, {}, "example")
+        load(NatsSettings, flags, {}, "example")
