@@ -33,7 +33,8 @@ from tests.services.frontend.fake_router import (
     worker_id,
 )
 from tests.services.frontend.frontends import WORKER_ID, Frontend, file_server, frontend
-from tests.services.frontend.test_access import GOOD, bearer, stored, write
+from tests.services.frontend.stored_keys import GOOD, stored, write
+from tests.services.frontend.test_access import bearer
 
 
 @asynccontextmanager

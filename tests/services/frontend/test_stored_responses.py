@@ -23,7 +23,8 @@ from tests.services.frontend import byte_model
 from tests.services.frontend.byte_model import NAME, TOKENIZER
 from tests.services.frontend.fake_router import STOP, Call, fake_router
 from tests.services.frontend.frontends import WORKER_ID, Frontend, file_server, frontend
-from tests.services.frontend.test_access import GOOD, OTHER, bearer, stored, write
+from tests.services.frontend.stored_keys import GOOD, stored, write
+from tests.services.frontend.test_access import OTHER, bearer
 from tests.services.frontend.test_process import process
 
 UNKNOWN = "resp-" + "0" * 32
