@@ -69,6 +69,8 @@ env-vllm: $(vllm_stamp) ## make .venv-vllm: vLLM for the GPU if there is one, el
 
 $(env_stamp):
 	@scripts/env.sh .venv $(dev_lock) $@
+	@# The services' code, for commands outside of make.
+	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/build/proto" > .venv/lib/python3.11/site-packages/switchgear.pth
 
 $(vllm_stamp):
 	@scripts/env.sh .venv-vllm $(vllm_lock) $@

@@ -60,7 +60,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         cluster.start(
             [
                 topology.etcd_server(run_dir, ports.take, folder),
-                topology.nats_server(ports.take, folder),
+                topology.nats_server(run_dir, ports.take, folder),
             ]
         )
         cluster.wait_ready(READY_SECONDS)
