@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from switchgear.inference.v1 import inference_pb2, inference_pb2_grpc
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 from tests.e2e.running import Running, running, stream, text_of
-from tests.fixtures.eventually import eventually
+from tests.fixtures.eventually import eventually, until
 
 FRONTENDS = ("frontend-0", "frontend-1")
 STEP_MS = "20"
@@ -224,6 +225,32 @@ async def test_of_two_frontends_one_may_die(deployment: Running) -> None:
         assert await asyncio.gather(*running_ones) == [200] * 20
         assert await asyncio.gather(*(one() for _ in range(20))) == [200] * 20
     await asyncio.to_thread(deployment.cluster.restart, "frontend-0", 60)
+
+
+async def test_of_two_frontends_one_may_be_restarted_and_nobody_notices(
+    deployment: Running,
+) -> None:
+    body = {
+        "model": deployment.model,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 20,
+    }
+    statuses: Counter[int] = Counter()
+    is_ending = asyncio.Event()
+    async with httpx.AsyncClient(base_url=deployment.url, timeout=60) as client:
+
+        async def ask() -> None:
+            while not is_ending.is_set():
+                response = await client.post("/v1/chat/completions", json=body)
+                statuses[response.status_code] += 1
+
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(8):
+                clients.create_task(ask())
+            await until(lambda: statuses.total() > 50)
+            await asyncio.to_thread(deployment.cluster.restart, "frontend-0", 60)
+            is_ending.set()
+    assert statuses.keys() == {200}, statuses
 
 
 async def test_with_no_frontend_envoy_answers_in_our_shape(

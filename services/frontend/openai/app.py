@@ -242,7 +242,7 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
     _answer_errors(app)
     served = _Shortcut(app, running)
     gated = served if pipeline.access.is_open else AccessGate(served, pipeline.access)
-    return ExchangeRecorder(gated, pipeline.metrics)
+    return ExchangeRecorder(gated, pipeline)
 
 
 def _serve_stored(app: FastAPI, kept: StoredResponses) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.frontend.access import ANYONE, Caller
-from services.frontend.metrics import FrontendMetrics
-from services.frontend.pipeline import new_request_id
+from services.frontend.pipeline import Pipeline, new_request_id
 from services.frontend.watch import Connection
 
 CONNECTION = "switchgear.connection"
 """Name of the extension by which the server tells what connection a request came on."""
 
 _KEY = "switchgear.exchange"
+_REFUSED = b"x-switchgear-refused"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/-]{1,128}")
 _CLIENT_LEFT = 499
 """nginx's status for a client that did not wait. Only ever seen in metrics."""
@@ -73,9 +74,9 @@ def exchange_of(scope: Scope) -> Exchange:
 class ExchangeRecorder:
     """Outermost: names every request, and counts every answer whoever made it."""
 
-    def __init__(self, app: ASGIApp, metrics: FrontendMetrics) -> None:
+    def __init__(self, app: ASGIApp, pipeline: Pipeline) -> None:
         self._app = app
-        self._metrics = metrics
+        self._pipeline = pipeline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,15 +95,24 @@ class ExchangeRecorder:
                     *message["headers"],
                     (b"x-request-id", request_id),
                     *exchange.caller.rate_headers(),
+                    *self._draining_headers(exchange.status),
                 ]
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         finally:
-            self._metrics.requests_of(
+            self._pipeline.metrics.requests_of(
                 exchange.model, _endpoint(scope["path"]), str(exchange.status)
             ).inc()
+
+    def _draining_headers(self, status: int) -> list[tuple[bytes, bytes]]:
+        """Who keeps the connection would be refused on it; and a proxy may ask another frontend
+        for what is refused here, of which nothing was done."""
+        if not self._pipeline.is_draining:
+            return []
+        refused = [(_REFUSED, b"draining")] if status == HTTPStatus.SERVICE_UNAVAILABLE else []
+        return [(b"connection", b"close"), *refused]
 
 
 def _request_id(headers: Mapping[bytes, bytes]) -> str:

@@ -306,6 +306,8 @@ async def test_health_tells_what_is_missing(tmp_path: Path) -> None:
         refused = await started.chat()
         assert refused.status_code == 503
         assert "shutting down" in refused.json()["error"]["message"]
+        assert refused.headers["x-switchgear-refused"] == "draining"
+        assert refused.headers["connection"] == "close"
         assert (await started.client.get("/live")).status_code == 200
 
 
