@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
+from typing import Any
 
-import orjson
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -92,8 +92,8 @@ class StreamDetokenizer(Detokenizer):
         return text
 
 
-def decodes_bytes(tokenizer: Tokenizer) -> bool:
-    """Whether a text's bytes are those of its tokens, one after the other: as byte-level BPE has
-    it, GPT-2's and most others since."""
-    decoder = orjson.loads(tokenizer.to_str())["decoder"]
+def decodes_bytes(settings: dict[str, Any]) -> bool:
+    """Whether the bytes of a text are those of its tokens, one after the other, by what is in
+    tokenizer.json. It is so with byte-level BPE: GPT-2's and most others since."""
+    decoder = settings["decoder"]
     return decoder is not None and decoder["type"] == "ByteLevel"

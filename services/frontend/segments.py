@@ -27,10 +27,13 @@ class SegmentEncoder:
     """Gives the tokens that the tokenizer itself would give, without those that a model wants
     around a text. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_bytes: int = MAX_BYTES
+    ) -> None:
+        """`settings` is what the tokenizer was made of, its tokenizer.json."""
         self._tokenizer = tokenizer
         self._max_bytes = max_bytes
-        self._borders = borders_of(tokenizer)
+        self._borders = borders_of(settings)
         self._at_border = re.compile(
             # The longest first, as tokenizers prefer them.
             f"({'|'.join(map(re.escape, sorted(self._borders, key=len, reverse=True)))})"
@@ -87,7 +90,7 @@ class SegmentEncoder:
                 self.remembered_bytes -= _bytes_of(*self._known.popitem(last=False))
 
 
-def borders_of(tokenizer: Tokenizer) -> dict[str, int]:
+def borders_of(settings: dict[str, Any]) -> dict[str, int]:
     """Tokens at which a text can be cut, so that its parts encode to what the whole does; none for
     a tokenizer with which that is not certain.
 
@@ -95,12 +98,11 @@ def borders_of(tokenizer: Tokenizer) -> dict[str, int]:
     parts. It does look beyond them for tokens that take in the space around them or are words of
     their own, and to tell what a text begins with.
     """
-    settings: dict[str, Any] = orjson.loads(tokenizer.to_str())
     added = [token for token in settings["added_tokens"] if not token["normalized"]]
     looks_around = any(
         token[flag] for token in added for flag in ("lstrip", "rstrip", "single_word")
     )
-    if looks_around or '"prepend_scheme":"first"' in tokenizer.to_str():
+    if looks_around or b'"prepend_scheme":"first"' in orjson.dumps(settings["pre_tokenizer"]):
         return {}
     return {token["content"]: token["id"] for token in added}
 

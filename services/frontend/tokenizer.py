@@ -43,13 +43,14 @@ class ModelTokenizer:
         """From the files of a model. Raises ValueError for files that can't be used."""
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+            settings = orjson.loads(files["tokenizer.json"])
             self._chat_template = chat_template_of(files)
             config = orjson.loads(files.get("tokenizer_config.json", b"{}"))
         except Exception as error:  # The tokenizers library raises nothing more specific.
             raise ValueError(f"unusable tokenizer files: {error!r}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._segments = SegmentEncoder(self._tokenizer)
+        self._segments = SegmentEncoder(self._tokenizer, settings)
         bos = config.get("bos_token")
         text = bos.get("content") if isinstance(bos, dict) else bos
         self._bos_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
@@ -62,7 +63,7 @@ class ModelTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: at for at, token in added.items() if token.special}
         self._all_special = frozenset(self._special_ids.values())
-        self._decodes_bytes = decodes_bytes(self._tokenizer)
+        self._decodes_bytes = decodes_bytes(settings)
         self._template_source = self._chat_template.source if self._chat_template else ""
         self.detected_format = detected(self._template_source, self._is_token)
         """How the model writes reasoning and tool calls, as far as its files tell."""
