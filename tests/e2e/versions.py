@@ -97,6 +97,8 @@ class MixedDeployment(Running):
             self._versions[name] = self._versions[name].other
         specs = [self._specs[self._versions[name]][name] for name in names]
         await asyncio.to_thread(self.cluster.replace, specs, READY_SECONDS)
+        # A frontend whose workers were all replaced at once has to read the model's files again.
+        await asyncio.to_thread(self.cluster.wait_ready, READY_SECONDS)
 
 
 @contextmanager
