@@ -14,10 +14,12 @@ def types_of(schema: object, definitions: Mapping[str, Any]) -> frozenset[str]:
 
     `definitions` are what the schema's references are to.
     """
-    return frozenset(_types_of(schema, definitions, frozenset()))
+    return frozenset(_types_of(schema, definitions, set()))
 
 
-def _types_of(schema: object, definitions: Mapping[str, Any], seen: frozenset[str]) -> set[str]:
+def _types_of(schema: object, definitions: Mapping[str, Any], seen: set[str]) -> set[str]:
+    """`seen` are references that were followed already, anywhere: once each is enough for all of
+    their types, and definitions that name each other twice would take for ever otherwise."""
     if not isinstance(schema, Mapping):
         return set()
     found: set[str] = set()
@@ -37,8 +39,9 @@ def _types_of(schema: object, definitions: Mapping[str, Any], seen: frozenset[st
             found |= _types_of(choice, definitions, seen)
     match schema.get("$ref"):
         case str(reference) if reference.startswith(_DEFINITIONS) and reference not in seen:
+            seen.add(reference)
             named = definitions.get(reference.removeprefix(_DEFINITIONS))
-            found |= _types_of(named, definitions, seen | {reference})
+            found |= _types_of(named, definitions, seen)
     return found
 
 

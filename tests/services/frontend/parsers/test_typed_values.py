@@ -94,3 +94,11 @@ def test_types_are_found_wherever_a_schema_has_them(schema: object, expected: se
         "Loop": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Loop"}]},
     }
     assert types_of(schema, definitions) == expected
+
+
+def test_definitions_that_name_each_other_many_times_are_looked_at_once() -> None:
+    definitions: dict[str, object] = {
+        str(number): {"anyOf": [{"$ref": f"#/$defs/{number + 1}"}] * 2} for number in range(100)
+    }
+    definitions["100"] = {"type": "integer"}
+    assert types_of({"$ref": "#/$defs/0"}, definitions) == {"integer"}
