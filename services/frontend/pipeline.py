@@ -253,8 +253,8 @@ class Pipeline:
     ) -> Embedding:
         """An embeddings call to run; nothing is sent before that.
 
-        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, and TokensLimited
-        when the caller has not enough left for all inputs.
+        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, TokensLimited
+        when the caller has not enough left for all inputs, and RoutingNotAllowed.
         """
         context_tokens = model.facts.context_length_tokens
         for index, token_ids in enumerate(inputs):
@@ -267,6 +267,7 @@ class Pipeline:
                     f"{len(token_ids)}",
                     param=param,
                 )
+        routing = caller.routing(routing)  # Before tokens are taken that nobody would give back.
         request = EmbeddingRequest(
             request_id=request_id,
             model=model,
@@ -277,7 +278,7 @@ class Pipeline:
             reservation=caller.reserve(sum(map(len, inputs))),
             traceparent=traceparent if tracing.is_valid(traceparent) else "",
             trace_sample_ratio=self.settings.trace_sample_ratio,
-            routing=caller.routing(routing),
+            routing=routing,
             max_parallel_inputs=self.settings.max_parallel_inputs,
             accepted_at=accepted_at,
             deadline=deadline,
@@ -337,8 +338,8 @@ class Pipeline:
     ) -> Completion:
         """A completion to read; nothing is sent before that.
 
-        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, and TokensLimited
-        when the caller has not enough left for the prompt and max_tokens.
+        Raises InvalidRequest, or ContextTooLong, for what does not fit the model, TokensLimited
+        when the caller has not enough left for the prompt and max_tokens, and RoutingNotAllowed.
         """
         if not prompt:
             raise InvalidRequest("the prompt is empty", param=options.prompt_param)
@@ -359,6 +360,7 @@ class Pipeline:
             )
         _check_tokens(options.stop_token_ids, model, "stop_token_ids")
         _check_tokens(options.sampling.logit_bias, model, "logit_bias")
+        routing = caller.routing(routing)  # Before tokens are taken that nobody would give back.
         reservation = caller.reserve(len(prompt) + (options.max_tokens or 0))
         trace = request_trace.begin(
             request_id,
@@ -389,7 +391,7 @@ class Pipeline:
             reservation=reservation,
             traceparent=traceparent if tracing.is_valid(traceparent) else "",
             trace=trace,
-            routing=caller.routing(routing),
+            routing=routing,
             accepted_at=accepted_at,
             deadline=deadline,
         )

@@ -288,6 +288,21 @@ async def test_only_a_key_that_says_so_may_steer_routing_and_sessions_stay_with_
         assert [options.policy for options in asked] == ["", "random"]
 
 
+async def test_what_may_not_be_routed_as_asked_takes_no_tokens_from_the_limit(
+    tmp_path: Path,
+) -> None:
+    async with (
+        fake_router(says("ok")) as router,
+        guarded(tmp_path, stored(tokens_per_minute=10), router=router) as started,
+    ):
+        body = {"model": NAME, "prompt": "a", "max_tokens": 9}
+        steering = {"x-switchgear-policy": "random"}
+        refused = await started.client.post("/v1/completions", json=body, headers=steering)
+        assert refused.status_code == 403
+        given = await started.client.post("/v1/completions", json=body)
+        assert given.status_code == 200, given.text
+
+
 async def test_a_callers_request_id_names_nothing_inside(tmp_path: Path) -> None:
     async with (
         fake_router(says("ok")) as router,
