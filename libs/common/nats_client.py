@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from nats.aio.client import Client
@@ -46,15 +46,16 @@ class _Client(Client):
         with _as_nats_errors():
             return self._access.certificates.client_context()
 
-    def password(self) -> str:
-        """Asked for before every CONNECT."""
-        return self._to_be_sent(self._access.password)
-
-    def token(self) -> str:
-        """Asked for before every CONNECT."""
-        return self._to_be_sent(self._access.token)
+    def _connect_command(self) -> bytes:
+        """What is sent first. Asks for password and token, each time."""
+        # The server says whether it goes on with TLS, or who pretends to be it.
+        if self._wants_tls and not self._has_tls:
+            raise Error(_NO_TLS)
+        with _as_nats_errors():
+            return super()._connect_command()
 
     async def _process_connect_init(self) -> None:
+        self._has_tls = False
         try:
             await super()._process_connect_init()
         except BaseException:
@@ -71,14 +72,6 @@ class _Client(Client):
                 await super()._close(status, do_cbs)
         except TimeoutError:
             self._status = status
-
-    def _to_be_sent(self, read: Callable[[], str]) -> str:
-        # The server says whether it goes on with TLS, or who pretends to be it.
-        if self._wants_tls and not self._has_tls:
-            raise Error(_NO_TLS)
-        self._has_tls = False
-        with _as_nats_errors():
-            return read()
 
 
 @contextmanager
@@ -137,8 +130,8 @@ async def connecting(
                 url,
                 name=name,
                 user=access.username or None,
-                password=client.password if access.password_file else None,
-                token=client.token if access.token_file else None,
+                password=access.password if access.password_file else None,
+                token=access.token if access.token_file else None,
                 allow_reconnect=True,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=RECONNECT_SECONDS,

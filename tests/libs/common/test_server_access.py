@@ -162,12 +162,13 @@ async def test_a_subscription_outlives_a_restart_of_a_nats_with_passwords(server
             await eventually(arrives)
 
 
-async def test_a_password_is_never_sent_to_a_nats_without_the_tls_that_was_asked_for(
-    nats_server: ServerProcess, servers: Servers
+@pytest.mark.parametrize("access", [Servers.access, no_user])
+async def test_nothing_is_ever_sent_to_a_nats_without_the_tls_that_was_asked_for(
+    nats_server: ServerProcess, servers: Servers, access: Wrong
 ) -> None:
     url = nats_server.url.replace("nats://", "tls://")
     with pytest.raises(CredentialsRefused, match="the server offers no TLS"):
-        async with connecting(url, "test", servers.access("nats")):
+        async with connecting(url, "test", access(servers, "nats")):
             pass
 
 
