@@ -7,6 +7,7 @@ An unknown or malformed setting stops the process, by name and value.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,8 +169,9 @@ class ServiceSettings(BaseSettings):
 class NatsSettings(ServiceSettings):
     """What services that use NATS can be told besides."""
 
-    nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://.+$")
-    """NATS, as nats://host:port, or tls://host:port with TLS."""
+    nats_url: str = Field(default="nats://127.0.0.1:4222", pattern=r"^(nats|tls)://[^@]+$")
+    """NATS, as nats://host:port, or tls://host:port with TLS. User and password have settings of
+    their own, since URLs are in commands and logs."""
 
     nats_username: str = ""
     """User of NATS; empty for none. Needs `nats_password_file`."""
@@ -224,7 +226,7 @@ def load(
         name for name in environ if name.upper().startswith(prefix) and name.upper() not in known
     )
     if prefix and unknown:
-        listed = ", ".join(f"{name}={environ[name]!r}" for name in unknown)
+        listed = ", ".join(f"{name}={_shown(name, environ[name])}" for name in unknown)
         raise ConfigError(f"unknown setting: {listed}")
 
     class Program(settings):  # type: ignore[valid-type, misc]
@@ -250,7 +252,16 @@ def load(
 def _describe(prefix: str, loc: tuple[int | str, ...], value: object, problem: str) -> str:
     if not loc:
         return problem
-    return f"{_named(prefix, str(loc[0]))} is {value!r}: {problem}"
+    name = str(loc[0])
+    return f"{_named(prefix, name)} is {_shown(name, value)}: {problem}"
+
+
+def _shown(name: str, value: object) -> str:
+    """A value as it may be told: who mistakes a file's setting for the password's own, or puts one
+    into a URL, does not find it in the log."""
+    if re.search("PASSWORD|TOKEN$|SECRET", name.upper()):
+        return "(not shown)"
+    return re.sub(r"//.*@", "//(not shown)@", repr(value))
 
 
 def _named(prefix: str, name: str) -> str:

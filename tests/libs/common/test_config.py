@@ -68,6 +68,27 @@ def test_a_bad_setting_is_named_with_its_value(
     assert all(part in str(caught.value) for part in named)
 
 
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        ((), {"SWITCHGEAR_EXAMPLE_ETCD_PASSWORD": "s3cret"}, "SWITCHGEAR_EXAMPLE_ETCD_PASSWORD"),
+        ((), {"SWITCHGEAR_EXAMPLE_NATS_TOKEN": "s3cret"}, "SWITCHGEAR_EXAMPLE_NATS_TOKEN"),
+        (("--nats-url", "nats://u:s3cret@host:4222"), {}, "@host:4222"),
+        (("--etcd-url", "http://u:s3cret@host:2379"), {}, "@host:2379"),
+    ],
+)
+def test_a_password_in_a_wrong_place_is_refused_and_not_told(
+    argv: tuple[str, ...], environ: dict[str, str], named: str
+) -> None:
+    class Example(NatsSettings):
+        model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_EXAMPLE_")
+
+    with pytest.raises(ConfigError) as caught:
+        load(Example, argv, environ, "example")
+    assert named in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_an_unknown_flag_ends_the_process(read: Read, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read("--wieght", "3")
