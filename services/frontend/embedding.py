@@ -74,6 +74,7 @@ class Embedding:
         self._sessions = sessions
         self._policy = policy
         self._metrics = metrics
+        self._model_metrics = metrics.of(request.model.name)
         self._embedded = 0
         """Inputs that are done."""
         self._embedded_tokens = 0
@@ -105,7 +106,7 @@ class Embedding:
             if request.reservation is not None:
                 request.reservation.settle(self._embedded_tokens)
         seconds = asyncio.get_running_loop().time() - request.accepted_at
-        self._metrics.request_seconds.labels(request.model.name).observe(seconds)
+        self._model_metrics.request_seconds.observe(seconds)
         return vectors
 
     async def _embed(self, index: int) -> bytes:
@@ -201,11 +202,10 @@ class Embedding:
         )
 
     def _count(self, index: int, inbox: Inbox) -> None:
-        name = self.request.model.name
         tokens = len(self.request.inputs[index])
         cached_tokens = inbox.start.cached_tokens if inbox.start is not None else 0
         self._embedded += 1
         self._embedded_tokens += tokens
         self.cached_tokens += cached_tokens
-        self._metrics.prompt_tokens.labels(name).inc(tokens)
-        self._metrics.cached_tokens.labels(name).inc(cached_tokens)
+        self._model_metrics.prompt_tokens.inc(tokens)
+        self._model_metrics.cached_tokens.inc(cached_tokens)

@@ -271,6 +271,11 @@ async def test_an_input_whose_worker_dies_is_embedded_by_another(tmp_path: Path)
         assert answer.status_code == 200, answer.text
         found = [item["embedding"] for item in answer.json()["data"]]
         assert found == [numbers(tokens(text)) for text in texts]
+        # So that `rate` sees the first one of another reason.
+        registry = started.pipeline.metrics.registry
+        name = "switchgear_frontend_migrations_total"
+        labels = {"model": NAME, "reason": "NO_LIVE_INSTANCE"}
+        assert registry.get_sample_value(name, labels) == 0
         excluded = [list(c.submit.routing.excluded_instance_ids) for c in router.calls]
         assert excluded.count([worker_id("dead")]) == 3
         assert started.metric("migrations_total", model=NAME, reason="WORKER_LOST") == 3
