@@ -34,8 +34,9 @@ class ApiKey:
     """Names or aliases; empty allows all."""
     limits: Limits = field(default_factory=Limits)
     priority: int = 0
-    steers_routing: bool = False
     """The best its requests may have; lower ones are run first."""
+    steers_routing: bool = False
+    """Whether its requests may name policies and workers."""
 
 
 def new_key(secret: bytes) -> str:
