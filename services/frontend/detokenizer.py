@@ -95,5 +95,5 @@ class StreamDetokenizer(Detokenizer):
 def decodes_bytes(settings: dict[str, Any]) -> bool:
     """Whether the bytes of a text are those of its tokens, one after the other, by what is in
     tokenizer.json. It is so with byte-level BPE: GPT-2's and most others since."""
-    decoder = settings["decoder"]
+    decoder = settings.get("decoder")
     return decoder is not None and decoder["type"] == "ByteLevel"

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from services.frontend.segments import SegmentEncoder, borders_of
 
-SPECIAL = ["<|im|>", "<|im|>x", "<|", "[INST]"]
+SPECIAL = ["<|im|>", "<|im|>x", "<|", "<|im|>xyz", "<|in", "[INST]"]
 """Some are the beginning of others."""
 
 
@@ -57,7 +57,9 @@ TOKENIZERS: dict[str, Tokenizer] = {
 }
 
 texts = st.lists(
-    st.sampled_from([*SPECIAL, " ", "\n", "user", "user x", "USER X", "assistant", "é", "in<|im|"])
+    st.sampled_from(
+        [*SPECIAL, " ", "\n", "user", "user x", "USER X", "assistant", "é", "in<|im|", "<|im|>xy"]
+    )
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
     max_size=12,
 ).map("".join)
