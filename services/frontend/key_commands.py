@@ -39,8 +39,13 @@ app = typer.Typer(
 _File = Annotated[
     Path | None, typer.Option("--file", help="A file of keys; else they are in etcd.")
 ]
-_EtcdUrl = Annotated[str, typer.Option(help="etcd, as http://host:port.")]
-_Namespace = Annotated[str, typer.Option(help="The deployment's namespace.")]
+_PREFIX = FrontendSettings.model_config["env_prefix"]
+_EtcdUrl = Annotated[
+    str, typer.Option(help="etcd, as http://host:port.", envvar=f"{_PREFIX}ETCD_URL")
+]
+_Namespace = Annotated[
+    str, typer.Option(help="The deployment's namespace.", envvar=f"{_PREFIX}NAMESPACE")
+]
 _Limit = Annotated[int, typer.Option(min=0, help="0: no limit.")]
 _DEFAULTS = FrontendSettings.model_fields
 _ETCD_URL: str = _DEFAULTS["etcd_url"].default

@@ -361,13 +361,11 @@ async def test_changes_of_the_file_arrive_while_requests_run(
 
 
 async def test_keys_in_etcd_are_followed(etcd_server: ServerProcess, tmp_path: Path) -> None:
-    etcd = ("--etcd-url", etcd_server.url)
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "services.frontend", "keys", *arguments, *etcd],
+            [sys.executable, "-m", "services.frontend", "keys", *arguments],
             capture_output=True,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | environment,
             text=True,
             timeout=60,
             check=True,
@@ -386,7 +384,8 @@ async def test_keys_in_etcd_are_followed(etcd_server: ServerProcess, tmp_path: P
             return await status(GOOD) == 401
 
         await eventually(nobody_gets_in)  # Before etcd was read: 503.
-        added = await asyncio.to_thread(command, "add", "alice", "--model", NAME)
+        etcd = ("--etcd-url", etcd_server.url)
+        added = await asyncio.to_thread(command, "add", "alice", "--model", NAME, *etcd)
         key = added.stdout.strip()
 
         async def alice_gets_in() -> bool:
@@ -397,13 +396,15 @@ async def test_keys_in_etcd_are_followed(etcd_server: ServerProcess, tmp_path: P
         discovery = Discovery(etcd_server.url, "default")
         await discovery.put("config/frontend/keys/bad", access_pb2.ApiKey(key_id="bad"))
         await discovery.put("config/frontend/keys/b", stored(key_id="misplaced"))
-        listed = await asyncio.to_thread(command, "list")
+        listed = await asyncio.to_thread(
+            command, "list", SWITCHGEAR_FRONTEND_ETCD_URL=etcd_server.url
+        )
         assert json.loads(listed.stdout.splitlines()[0])["key_id"] == "alice"
         assert key not in listed.stdout
         assert "sha256" not in listed.stdout
         assert await status(key) == 200
         assert await status(GOOD) == 401
-        await asyncio.to_thread(command, "remove", "alice")
+        await asyncio.to_thread(command, "remove", "alice", *etcd)
 
         async def alice_is_out() -> bool:
             return await status(key) == 401
