@@ -213,7 +213,8 @@ class _Services:
         url = f"http://{HOST}:{http_port}"
         probes = [Probe(kind="http", target=f"{url}/health")]
         # With API keys only their holders may see what is served.
-        if "--api-keys" not in deployment.flags.get("frontend", ()):
+        has_keys = os.environ.get("SWITCHGEAR_FRONTEND_API_KEYS", "none") != "none"
+        if not has_keys and "--api-keys" not in deployment.flags.get("frontend", ()):
             names = [deployment.model_name]
             names += [deployment.embedding_model] if deployment.embed else []
             probes += [

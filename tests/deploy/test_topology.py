@@ -106,6 +106,17 @@ def test_a_frontend_is_ready_when_it_lists_the_model() -> None:
     assert (models.target, models.contains) == ("http://127.0.0.1:8000/v1/models", '"m"')
 
 
+def test_a_frontend_that_asks_for_keys_is_ready_without_telling_what_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SWITCHGEAR_FRONTEND_API_KEYS", "etcd")
+    by_environment = specs()["frontend-0"]
+    monkeypatch.delenv("SWITCHGEAR_FRONTEND_API_KEYS")
+    by_flag = specs(flags={"frontend": ("--api-keys", "etcd")})["frontend-0"]
+    for process in (by_environment, by_flag):
+        assert not any(probe.target.endswith("/v1/models") for probe in process.probes)
+
+
 def test_a_real_engine_runs_in_its_own_environment() -> None:
     made = specs(engine="vllm")
     assert ".venv-vllm" in made["decode_worker-0"].command[0]
