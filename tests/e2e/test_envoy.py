@@ -237,6 +237,7 @@ async def test_of_two_frontends_one_may_be_restarted_and_nobody_notices(
         "model": deployment.model,
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 20,
+        "user": "x" * 300_000,  # More than Envoy otherwise holds of a connection.
     }
     answers: Counter[str] = Counter()
     is_ending = asyncio.Event()

@@ -127,7 +127,7 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
 
     if store is not None:
         kept = StoredResponses(store)
-        _serve_stored(app, kept)
+        _serve_stored(app, pipeline, kept)
 
         async def kept_responses(request: Request) -> Response:
             fields = await bodies.json_of(request)
@@ -245,27 +245,35 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
     return ExchangeRecorder(gated, pipeline)
 
 
-def _serve_stored(app: FastAPI, kept: StoredResponses) -> None:
+def _serve_stored(app: FastAPI, pipeline: Pipeline, kept: StoredResponses) -> None:
     """What can be done with responses that are kept."""
     path = "/v1/responses/{response_id}"
 
     @app.get(path)
     async def retrieve(response_id: str, request: Request) -> Response:
         query = request.query_params.multi_items()
-        return _json(await kept.retrieve(_caller(request).tenant, response_id, query))
+        caller = _caller(request)
+        with pipeline.admitted(caller):
+            return _json(await kept.retrieve(caller.tenant, response_id, query))
 
     @app.delete(path)
     async def delete(response_id: str, request: Request) -> Response:
-        return _json(await kept.delete(_caller(request).tenant, response_id))
+        caller = _caller(request)
+        with pipeline.admitted(caller):
+            return _json(await kept.delete(caller.tenant, response_id))
 
     @app.get(path + "/input_items")
     async def input_items(response_id: str, request: Request) -> Response:
         query = request.query_params.multi_items()
-        return _json(await kept.input_items(_caller(request).tenant, response_id, query))
+        caller = _caller(request)
+        with pipeline.admitted(caller):
+            return _json(await kept.input_items(caller.tenant, response_id, query))
 
     @app.post(path + "/cancel")
     async def cancel(response_id: str, request: Request) -> Response:
-        return _json(await kept.cancel(_caller(request).tenant, response_id))
+        caller = _caller(request)
+        with pipeline.admitted(caller):
+            return _json(await kept.cancel(caller.tenant, response_id))
 
 
 def _check_number(param: str, number: int, limit: int) -> None:
