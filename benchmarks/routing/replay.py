@@ -185,6 +185,7 @@ class Replay:
             else:
                 now, _, act = heapq.heappop(agenda)
                 act(now)
+        assert not self._hashes, f"{len(self._hashes)} requests never ended"
         return self.outcomes
 
     def _at(self, time: float, act: Callable[[float], None]) -> None:
@@ -252,9 +253,13 @@ class Replay:
             ),
             now,
         )
+        self._wake(engine, now)
+
+    def _wake(self, engine: _Engine, now: float) -> None:
+        """There is something to do for it, or room to do it."""
         if not engine.is_stepping:
             engine.is_stepping = True
-            # After everything else that arrives at this moment.
+            # After everything else that happens at this moment.
             self._at(now, lambda now: self._begin(engine, now))
 
     def _begin(self, engine: _Engine, now: float) -> None:
@@ -263,13 +268,17 @@ class Replay:
         while pulls := scheduler.take_pulls():
             for pull in pulls:
                 session_id = pull.kv_session.session_id
-                self._keepers.pop(session_id).scheduler.release(session_id, now)
+                keeper = self._keepers.pop(session_id)
+                keeper.scheduler.release(session_id, now)
                 scheduler.pulled(pull.key)
+                self._wake(keeper, now)
             # Begun again, now with those whose prompt has come.
             seconds = scheduler.begin_step(now)
         engine.is_stepping = seconds is not None
         if seconds is not None:
             self._at(now + seconds, lambda now: self._end(engine, now))
+        elif (expiry := scheduler.next_expiry) is not None:
+            self._at(expiry, lambda now: self._wake(engine, now))
 
     def _end(self, engine: _Engine, now: float) -> None:
         step = engine.scheduler.end_step(now)

@@ -117,6 +117,15 @@ def test_prompts_are_computed_by_prefill_workers_and_go_on_where_they_are_pulled
     assert {outcome.prefill_worker for outcome in outcomes} == {None, 3, 4}
 
 
+def test_a_prefill_worker_full_of_kv_goes_on_once_that_is_pulled() -> None:
+    """Nobody else arrives then to set it going."""
+    arrivals = [Arrival(0.0, 1_000, 50, (2 * number, 2 * number + 1)) for number in range(6)]
+    terms = Terms(workers=1, prefill_workers=1, kv_blocks=100)
+    outcomes = Replay(arrivals, Policy(), terms).run()
+    assert [outcome.prefill_worker for outcome in outcomes] == [2] * 6
+    assert all(outcome.last_token_at > outcome.first_token_at > 0 for outcome in outcomes)
+
+
 def test_requests_that_a_full_worker_refuses_are_misses() -> None:
     arrivals = conversations(40, every_seconds=0)
     terms = Terms(workers=2, max_waiting_requests=5)
