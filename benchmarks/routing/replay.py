@@ -5,7 +5,7 @@ indexer's, and decisions, loads and bookings are the router's. This module passe
 the services pass over the wire, when it would arrive:
 
     a request is decided on at its arrival, with the loads and the index as known then
-    a prompt that a prefill worker has computed is pulled by its decode worker in no time
+    once a prefill worker has computed a prompt its decode worker is chosen, and pulls in no time
     a worker's load comes with the message of every step, and takes over what was booked before
     its KV events are gathered for a while, as workers do, before the index has them
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from benchmarks.routing.trace import Arrival
@@ -34,7 +34,7 @@ from libs.engine.sim.core.scheduler import TRANSFER_BACKEND, Scheduler, Schedule
 from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
 from services.kv_indexer.core.index import BlockIndex
-from services.router.core.decision import Policy, Request, decide
+from services.router.core.decision import Decision, Policy, Prompt, Request, decide
 from services.router.core.predicted_overlap import PredictedOverlap
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
@@ -106,9 +106,9 @@ class _Engine:
 class _Handover:
     """What follows on a prefill leg."""
 
-    decode: _Engine
-    booking: Booking
-    """Of the decode worker, from the decision on."""
+    request: Request
+    overlaps: Mapping[InstanceId, int]
+    """As the index knew at its arrival."""
     prompt: Sequence[int]
 
 
@@ -197,19 +197,17 @@ class Replay:
         size = self._terms.block_size_tokens
         prompt = arrival.prompt()
         hashes = hashing.sequence_hashes(prompt, size)
-        overlaps = self._predicted.overlap(hashes)
-        for instance, blocks in self._index.overlap(MODEL, size, hashes).items():
-            held = InstanceId(instance)
-            overlaps[held] = max(blocks, overlaps.get(held, 0))
+        overlaps = {
+            InstanceId(instance): blocks
+            for instance, blocks in self._index.overlap(MODEL, size, hashes).items()
+        }
         request = Request(model=MODEL, prompt_tokens=len(prompt), block_size_tokens=size)
-        decision = decide(request, self._workers, overlaps, self._policy, self._random)
-        assert decision is not None
+        decision = self._decide(request, overlaps, hashes)
         key = RequestKey(len(self.outcomes))
-        decode = self._engines[decision.decode.worker.instance_id - 1]
         first = decision.prefill or decision.decode
         outcome = Outcome(
             arrival,
-            decode.worker.instance_id,
+            decision.decode.worker.instance_id,
             None if decision.prefill is None else decision.prefill.worker.instance_id,
             first.overlap_blocks * size,
         )
@@ -220,14 +218,22 @@ class Replay:
             return
         self._hashes[key] = hashes
         if decision.prefill is not None:
-            booking = decision.decode.booking
-            decode.worker.book(booking)
-            self._handovers[key] = _Handover(decode, booking, prompt)
+            self._handovers[key] = _Handover(request, overlaps, prompt)
         engine.worker.book(first.booking)
         engine.bookings.append(first.booking)
         self._submit(
             engine, key, prompt, now, Leg.WHOLE if decision.prefill is None else Leg.PREFILL
         )
+
+    def _decide(
+        self, request: Request, indexed: Mapping[InstanceId, int], hashes: Sequence[int]
+    ) -> Decision:
+        overlaps = self._predicted.overlap(hashes)
+        for held, blocks in indexed.items():
+            overlaps[held] = max(blocks, overlaps.get(held, 0))
+        decision = decide(request, self._workers, overlaps, self._policy, self._random)
+        assert decision is not None
+        return decision
 
     def _submit(
         self,
@@ -309,8 +315,15 @@ class Replay:
         self._predicted.ended(engine.worker.instance_id, self._hashes[key])
         self._keepers[session.session_id] = engine
         to = self._handovers[key]
-        to.decode.bookings.append(to.booking)
-        self._submit(to.decode, key, to.prompt, now, Leg.DECODE, session)
+        request = replace(
+            to.request, prompt=Prompt.COMPUTED, transfer_backend=session.transfer_backend
+        )
+        chosen = self._decide(request, to.overlaps, self._hashes[key]).decode
+        self.outcomes[key].worker = chosen.worker.instance_id
+        decode = self._engines[chosen.worker.instance_id - 1]
+        decode.worker.book(chosen.booking)
+        decode.bookings.append(chosen.booking)
+        self._submit(decode, key, to.prompt, now, Leg.DECODE, session)
 
     def _tell_load(self, engine: _Engine) -> None:
         load = engine.scheduler.load()

@@ -88,8 +88,10 @@ class Decider:
         *,
         excluded: Collection[InstanceId] = (),
         prompt: Prompt = Prompt.OPEN,
+        transfer_backend: str = "",
     ) -> Record | None:
-        """Who runs the request; None when nobody can. Not kept."""
+        """Who runs the request; None when nobody can. Not kept. `transfer_backend`: that its KV can
+        be pulled with, once a prefill worker has computed the prompt."""
         if prompt is Prompt.OPEN and routing.keeps_prompt_local:
             prompt = Prompt.LOCAL
         session_worker = self._session_worker(routing)
@@ -101,6 +103,7 @@ class Decider:
                 excluded=wishes.excluded.union(excluded) if excluded else wishes.excluded,
                 pinned=wishes.pinned,
                 prompt=prompt,
+                transfer_backend=transfer_backend,
                 session_worker=session_worker,
             ),
             self.fleet.workers,

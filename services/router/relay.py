@@ -1,7 +1,8 @@
 """One frontend's requests on their way: overlap, decision, prefill leg, decode leg, outputs.
 
 A request is routed (its overlap is asked for), prefilled (a prefill worker computes its prompt),
-then decoding (a decode worker has it, and its outputs pass through undecoded). Whatever goes wrong
+then decoding (a decode worker, chosen once the KV is there, has it, and its outputs pass through
+undecoded). Whatever goes wrong
 with the prefill leg, the decode worker computes the prompt itself. What goes wrong before a decode
 worker took the request is tried on another one; what goes wrong later is the frontend's to migrate,
 which has the tokens.
@@ -86,9 +87,7 @@ class _Request:
     """A request that has not ended."""
 
     __slots__ = (
-        "booking",
         "deadline",
-        "decode",
         "excluded",
         "found",
         "generation",
@@ -126,9 +125,6 @@ class _Request:
         """Where it is now; None while the overlap is asked for."""
         self.has_started = False
         """Whether that worker has the prompt's KV."""
-        self.decode: Worker | None = None
-        """Chosen for the decode leg while the prefill leg runs, with `booking`."""
-        self.booking: Booking | None = None
         self.prefill: Worker | None = None
         """Who computes or has computed the prompt."""
         self.prefill_began_at = 0.0
@@ -282,6 +278,7 @@ class Relay:
         if record is None:
             self._fail(request, self._nobody(request))
             return
+        self._keep(request, record)
         decision = record.decision
         PROMPT_TOKENS.inc(request.routing.prompt_tokens)
         computing = decision.prefill or decision.decode
@@ -289,10 +286,7 @@ class Relay:
         if decision.prefill is None:
             self._decode(request, decision.decode)
             return
-        # Booked now: while the prompt is computed others must see the decode worker as taken.
-        request.decode = decision.decode.worker
-        request.booking = decision.decode.booking
-        request.decode.book(request.booking)
+        # The decode worker is chosen again when the KV is there, and nothing is booked until then.
         request.prefill = decision.prefill.worker
         request.prefill_began_at = self._loop.time()
         seconds = self._settings.prefill_timeout_seconds
@@ -308,28 +302,29 @@ class Relay:
         )
 
     def _decide(self, request: _Request, prompt: Prompt) -> Record | None:
+        session = request.kv_session
         record = self._decider.decide(
             request.routing,
             request.found,
             request.wishes,
             excluded=request.excluded,
             prompt=prompt,
+            transfer_backend="" if session is None else session.transfer_backend,
         )
         if request.trace is not None:
             request.trace.decided(record)
-        if record is not None:
-            request.record = record
-            self._decider.keep(record)
         return record
+
+    def _keep(self, request: _Request, record: Record) -> None:
+        request.record = record
+        self._decider.keep(record)
 
     def _nobody(self, request: _Request) -> SwitchgearError:
         return self._decider.nobody(request.routing.model, request.wishes)
 
     def _decode(self, request: _Request, chosen: Candidate) -> None:
-        chosen.worker.book(chosen.booking)
-        self._send_decode(request, chosen.worker, chosen.booking)
-
-    def _send_decode(self, request: _Request, worker: Worker, booking: Booking) -> None:
+        worker = chosen.worker
+        worker.book(chosen.booking)
         routed = self._pending.routed.add(handle=request.handle)
         decode_worker = routed.decode_worker
         decode_worker.instance_id = worker.instance_id
@@ -342,7 +337,7 @@ class Relay:
             routed.prefill_cached_tokens = request.prefill_cached_tokens
         (_WHOLE if request.kv_session is None else _DISAGGREGATED).inc()
         self._touch()
-        self._send(request, worker, leg, booking)
+        self._send(request, worker, leg, chosen.booking)
 
     def _send(
         self, request: _Request, worker: Worker, leg: worker_pb2.Leg.ValueType, booking: Booking
@@ -476,15 +471,12 @@ class Relay:
         record.prefill_cached_tokens = prefilled.cached_tokens
         if record.decision.prefill is not None:
             self._check.computed(record, record.decision.prefill, prefilled.cached_tokens)
-        worker, booking = request.decode, request.booking
-        assert worker is not None
-        assert booking is not None
-        if worker.is_available:
-            request.decode = request.booking = None
-            self._send_decode(request, worker, booking)
+        later = self._decide(request, Prompt.COMPUTED)
+        if later is None:
+            self._fail(request, self._nobody(request))
         else:
-            self._release_decode(request)
-            self._redecide(request, self._nobody(request))
+            record.hand_over(later)
+            self._decode(request, later.decision.decode)
 
     def _started(self, link: WorkerLink, start: outputs_pb2.SequenceStart) -> None:
         """The decode worker has the prompt's KV: what it had of it, and what it pulled."""
@@ -517,22 +509,16 @@ class Relay:
             request.link.cancel(request.handle)
             self._leave(request)
         request.prefill = None
-        self._release_decode(request)
         self._redecide(request, self._nobody(request))
 
-    def _release_decode(self, request: _Request) -> None:
-        """Takes back the booking of a decode leg that was planned."""
-        if request.decode is not None and request.booking is not None:
-            request.decode.unbook(request.booking)
-            request.decode = request.booking = None
-
     def _redecide(self, request: _Request, otherwise: SwitchgearError) -> None:
-        """Chooses a decode worker once the prefill leg is over. Without one the request fails."""
+        """Chooses a decode worker when a leg failed. Without one the request fails."""
         prompt = Prompt.LOCAL if request.kv_session is None else Prompt.COMPUTED
         record = self._decide(request, prompt)
         if record is None:
             self._fail(request, otherwise)
         else:
+            self._keep(request, record)
             self._decode(request, record.decision.decode)
 
     def _refused(self, link: WorkerLink, refusal: worker_pb2.Refusal) -> None:
@@ -573,7 +559,6 @@ class Relay:
             request.trace = None
         self._leave(request)
         self._stop_prefill_timer(request)
-        self._release_decode(request)
 
     @staticmethod
     def _stop_prefill_timer(request: _Request) -> None:

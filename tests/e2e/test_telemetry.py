@@ -101,10 +101,15 @@ async def test_a_disaggregated_request_is_one_trace_rightly_nested_and_in_order(
     assert answer.status == 200
     await until(lambda: names(collector.trace(trace_id)) >= FOLLOWED)
     spans = collector.trace(trace_id)
-    assert len(spans) == len(FOLLOWED)
+    decided = sorted(
+        (each for each in spans if each.name == "decide"), key=lambda it: it.began_at_ns
+    )
+    assert len(decided) == 2
+    assert len(spans) == len(FOLLOWED) + 1
 
     by_id = {span.span_id: span for span in spans}
     by_name = {span.name: span for span in spans}
+    by_name["decide"], by_name["decide again"] = decided
     root = by_name["chat test-model"]
     assert root.parent_id == CALLER
     for span in spans:
@@ -120,6 +125,7 @@ async def test_a_disaggregated_request_is_one_trace_rightly_nested_and_in_order(
         "find overlaps",
         "decide",
         "prefill leg",
+        "decide again",
         "decode leg",
         "kv transfer",
         "generate",
@@ -142,6 +148,7 @@ async def test_a_disaggregated_request_is_one_trace_rightly_nested_and_in_order(
     assert 0 < root.attributes["gen_ai.response.time_to_first_chunk"] < took_seconds
     assert by_name["decode"].attributes["switchgear.transferred_tokens"] > 0
     assert by_name["decide"].attributes["switchgear.handover"] == "remote"
+    assert by_name["decide again"].attributes["switchgear.handover"] == "computed"
     assert by_name["find overlap"].attributes["switchgear.sequence_hashes"] > 30
 
 

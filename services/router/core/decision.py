@@ -102,6 +102,8 @@ class Request:
     """Who must run a leg, whatever it costs. With a prefill worker in it the prompt is handed over,
     whatever that costs."""
     prompt: Prompt = Prompt.OPEN
+    transfer_backend: str = ""
+    """That the KV of a computed prompt can be pulled with."""
     session_worker: InstanceId | None = None
     """Who served its session last."""
 
@@ -110,6 +112,7 @@ class Decision(NamedTuple):
     """Who runs a request, and everyone who was considered, cheapest first."""
 
     decode: Candidate
+    """With a prefill worker, who would get it now: it is decided again when the KV is there."""
     prefill: Candidate | None
     """None when the decode worker computes the prompt."""
     decode_candidates: Sequence[Candidate]
@@ -136,6 +139,10 @@ def decide(
     for worker in workers:
         if worker.is_available and worker.model == model and worker.instance_id not in excluded:
             (decoders if worker.role is Role.DECODE else prefillers).append(worker)
+    if request.prompt is Prompt.COMPUTED:
+        # Somebody else would compute it again, which is for when nobody is left who can pull it.
+        backend = request.transfer_backend
+        decoders = [w for w in decoders if w.transfer_backend == backend] or decoders
     if not decoders or _lacks_pinned(request, Role.DECODE, decoders):
         return None
     is_local = request.prompt is not Prompt.COMPUTED

@@ -43,6 +43,15 @@ class Record:
         held = candidate.overlap_blocks * candidate.worker.block_size_tokens
         return min(held, self.prompt_tokens - 1)
 
+    def hand_over(self, later: Record) -> None:
+        """A prefill worker has computed the prompt, and this was decided on its decode leg then."""
+        self.session_worker = later.session_worker
+        self.decision = self.decision._replace(
+            decode=later.decision.decode,
+            decode_candidates=later.decision.decode_candidates,
+            decode_pick=later.decision.decode_pick,
+        )
+
     @property
     def candidates(self) -> int:
         """How many it keeps, those of all legs together."""
@@ -63,7 +72,8 @@ class DecisionLog:
         """With `max_records` 0 nothing is kept."""
         self._max_records = max_records
         self._max_candidates = max_candidates
-        self._records: deque[Record] = deque()
+        self._records: deque[tuple[Record, int]] = deque()
+        """With how many candidates each had when it came."""
         self._candidates = 0
 
     def __len__(self) -> int:
@@ -71,15 +81,17 @@ class DecisionLog:
 
     def add(self, record: Record) -> None:
         """Keeps the record, in place of the oldest ones. It may still be filled in."""
-        self._records.append(record)
-        self._candidates += record.candidates
+        candidates = record.candidates
+        self._records.append((record, candidates))
+        self._candidates += candidates
         while len(self._records) > self._max_records or self._candidates > self._max_candidates:
-            self._candidates -= self._records.popleft().candidates
+            _, dropped = self._records.popleft()
+            self._candidates -= dropped
 
     def find(self, request_id: str = "", limit: int = 0) -> list[Record]:
         """Newest first; of one request, or of all; `limit` 0 means no limit."""
         found: list[Record] = []
-        for record in reversed(self._records):
+        for record, _ in reversed(self._records):
             if request_id in ("", record.request_id):
                 found.append(record)
                 if len(found) == limit:

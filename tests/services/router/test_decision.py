@@ -115,6 +115,13 @@ def test_a_prompt_computed_elsewhere_is_not_charged_to_the_decode_worker() -> No
     assert decision.decode.booking == Booking(prefill_tokens=0, kv_blocks=100)
 
 
+def test_a_computed_prompt_goes_to_who_can_pull_it_while_there_is_one() -> None:
+    request = replace(LONG, prompt=Prompt.COMPUTED, transfer_backend="nixl")
+    able, unable = worker(1, active=500), worker(2, backend="sim")
+    assert choose(request, [able, unable]) == (None, 1)
+    assert choose(request, [unable]) == (None, 2)
+
+
 def test_excluded_lost_and_foreign_workers_are_left_out() -> None:
     gone = worker(2)
     gone.is_available = False

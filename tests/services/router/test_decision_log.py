@@ -47,3 +47,14 @@ def test_candidates_are_bounded_too(sizes: list[int]) -> None:
         log.add(record("r", workers=size))
         assert sum(kept.candidates for kept in log.find()) <= 10
     assert not sizes or len(log) >= 1
+
+
+def test_a_record_that_grew_since_it_came_is_counted_out_as_it_was_counted_in() -> None:
+    log = DecisionLog(10, max_candidates=10)
+    grown = record("a", workers=2)
+    log.add(grown)
+    grown.hand_over(record("a", workers=9))
+    assert [c.worker.name for c in grown.decision.decode_candidates] == [f"w{n}" for n in range(9)]
+    log.add(record("b", workers=9))
+    log.add(record("c", workers=2))
+    assert ids(log.find()) == ["c"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
@@ -15,12 +15,13 @@ from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
 from services.router import relay
-from switchgear.common.v1 import generation_pb2, outputs_pb2
+from services.router.core.workers import Load
+from switchgear.common.v1 import generation_pb2, outputs_pb2, routing_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fixtures.eventually import until
-from tests.fixtures.workers import FILES, MODEL
+from tests.fixtures.workers import FILES, MODEL, SimWorker
 from tests.services.router.standing import (
     DECODE,
     LONG_PROMPT,
@@ -136,6 +137,64 @@ async def test_a_prefill_worker_that_takes_too_long_is_given_up() -> None:
         assert len(tokens) == 3
         assert not routed.HasField("prefill_worker")
         await until(stand.workers["p"].host.idle.is_set)
+
+
+async def _while_its_prompt_is_computed(
+    stand: Stand, change: Callable[[SimWorker], Awaitable[None]], *, is_pinned: bool = False
+) -> tuple[router_pb2.Routed, router_pb2.Explanation]:
+    """Where a request goes of which the decode worker that it would have gone to, `d0`, changes
+    while `p` computes its prompt, and what is said of it."""
+    prefill = await stand.add(PREFILL, "p", SimSettings(timing="default", chunk_tokens=256))
+    holder = await stand.add(DECODE, "d0")
+    await stand.add(DECODE, "d1")
+    stand.indexer.blocks = {holder.instance.instance_id: 20}
+    options = routing_pb2.RoutingOptions(pinned_workers=["d0"] if is_pinned else [])
+    asked = generation(list(range(20_000)), 3)
+    call = stand.stub.Generate(
+        router_pb2.GenerateRequest(generation=asked, options=options), timeout=20
+    )
+    await until(lambda: not prefill.host.idle.is_set())
+    await change(holder)
+    responses = [response async for response in call]
+    assert sum(len(response.token_ids) for response in responses) == 3
+    said = await stand.stub.ExplainDecision(router_pb2.ExplainDecisionRequest(request_id="r"))
+    [explanation] = said.explanations
+    return responses[0].routed, explanation
+
+
+def _fill(stand: Stand) -> Callable[[SimWorker], Awaitable[None]]:
+    async def fill(full: SimWorker) -> None:
+        for worker in stand.fleet.workers:
+            if worker.instance_id == full.instance.instance_id:
+                worker.load = Load(running_requests=200, active_kv_blocks=100_000)
+
+    return fill
+
+
+async def test_a_decode_worker_that_fills_up_while_the_prompt_is_computed_is_passed_over(
+    stand: Stand,
+) -> None:
+    routed, said = await _while_its_prompt_is_computed(stand, _fill(stand))
+    assert (routed.prefill_worker.name, routed.decode_worker.name) == ("p", "d1")
+    assert said.handover == router_pb2.HANDOVER_REMOTE
+    assert (said.prefill.worker.name, said.decode.worker.name) == ("p", "d1")
+    assert [c.worker.name for c in said.decode.candidates] == ["d1", "d0"]
+    assert said.decode.candidates[1].requests == 200
+    assert said.decode.transferred_tokens > 19_000
+
+
+async def test_a_pinned_decode_worker_is_waited_for_even_if_it_fills_up(stand: Stand) -> None:
+    routed, said = await _while_its_prompt_is_computed(stand, _fill(stand), is_pinned=True)
+    assert (routed.prefill_worker.name, routed.decode_worker.name) == ("p", "d0")
+    assert said.decode.pick == router_pb2.PICK_PINNED
+
+
+async def test_a_decode_worker_that_vanishes_while_the_prompt_is_computed_is_not_missed(
+    stand: Stand,
+) -> None:
+    routed, said = await _while_its_prompt_is_computed(stand, lambda worker: worker.die())
+    assert (routed.prefill_worker.name, routed.decode_worker.name) == ("p", "d1")
+    assert [c.worker.name for c in said.decode.candidates] == ["d1"]
 
 
 async def test_a_lost_decode_worker_is_reported_for_migration(stand: Stand) -> None:
