@@ -51,8 +51,12 @@ class Member:
         """Whether most workers of the model have the same tokenizer and template."""
         self.is_listed = True
         self._is_connected = False
-        self.links = 0
+        self._links = 0
         """Frontends' sessions to it, which tell its load as soon as its own does."""
+        self._control: WorkerLink | None = None
+        self._withheld_responses = 0
+        """Of the control session, that it has not got credit for."""
+        self._rest: asyncio.TimerHandle | None = None
         self._channels = channels
         self.stub = self._connect()
 
@@ -77,6 +81,7 @@ class Member:
                 link = WorkerLink(
                     self.worker, self.stub, CONTROL_WINDOW_RESPONSES, self._on_response
                 )
+                self._control, self._withheld_responses = link, 0
                 try:
                     await link.run()
                 except grpc.aio.AioRpcError as error:
@@ -98,13 +103,34 @@ class Member:
                 await asyncio.sleep(RECONNECT_SECONDS)
         finally:
             self.worker.is_available = False
+            self._control = None
             await self._channel.close()
 
+    def link_opened(self) -> None:
+        """A frontend's session to it begins."""
+        self._links += 1
+
+    def link_closed(self) -> None:
+        """One has ended. After the last one the control session alone tells the load."""
+        self._links -= 1
+        if not self._links:
+            self._give_credit()
+
+    def _give_credit(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+        if self._control is not None:
+            self._control.consumed(self._withheld_responses)
+        self._withheld_responses = 0
+
     def _on_response(self, link: WorkerLink, response: worker_pb2.SessionResponse) -> None:
-        if self.links:
-            asyncio.get_running_loop().call_later(CONTROL_REST_SECONDS, link.consumed, 1)
-        else:
-            link.consumed(1)
+        self._withheld_responses += 1
+        if not self._links:
+            self._give_credit()
+        elif self._rest is None:
+            loop = asyncio.get_running_loop()
+            self._rest = loop.call_later(CONTROL_REST_SECONDS, self._give_credit)
         if self.is_listed and not self.worker.is_available:
             log.info("worker connected", worker=self.worker.name, address=self.address)
         self._is_connected = True

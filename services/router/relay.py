@@ -396,13 +396,13 @@ class Relay:
 
     async def _run(self, link: WorkerLink, member: Member) -> None:
         reason = "the worker ended the session"
-        member.links += 1
+        member.link_opened()
         try:
             await link.run()
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
         finally:
-            member.links -= 1
+            member.link_closed()
             del self._links[link.worker.instance_id]
             on_it = [request for request in self._requests.values() if request.link is link]
             if on_it:

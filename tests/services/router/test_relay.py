@@ -14,7 +14,7 @@ from libs.common.errors import NoLiveInstance
 from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
-from services.router import relay
+from services.router import fleet, relay
 from services.router.core.workers import Load
 from switchgear.common.v1 import generation_pb2, outputs_pb2, routing_pb2
 from switchgear.discovery.v1 import discovery_pb2
@@ -376,8 +376,10 @@ async def test_a_frontend_that_does_not_read_gets_merged_steps(stand: Stand) -> 
 
 
 async def test_a_workers_load_is_known_while_and_after_a_frontends_session_tells_it(
-    stand: Stand,
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Only the end of the frontend's session lets the router's own one go on.
+    monkeypatch.setattr(fleet, "CONTROL_REST_SECONDS", 3600)
     worker = await stand.add(DECODE, "d", SLOW)
     [known] = stand.fleet.workers
     session = Session(stand)
