@@ -49,7 +49,7 @@ def ticks(highest: float, unit: str) -> list[float]:
         scale = 10.0 ** floor(log10(highest / _TICKS))
         steps = [scale * step for step in _STEPS]
     step = next(step for step in steps if highest <= _TICKS * step)
-    return [number * step for number in range(ceil(highest / step - 1e-9) + 1)]
+    return [number * step for number in range(max(1, ceil(highest / step - 1e-9)) + 1)]
 
 
 def with_unit(value: float, unit: str) -> str:

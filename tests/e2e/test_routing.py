@@ -25,7 +25,7 @@ from tests.fixtures.eventually import eventually
 
 FAST = ("--sim-timing", "fixed", "--sim-step-ms", "1")
 PATIENT = ("--overlap-timeout-seconds", "10")
-CACHE_FIRST = ("--decode-weight", "0.2", "--request-tokens", "0")
+CACHE_FIRST = ("--decode-weight", "0.1", "--request-tokens", "0")
 """A conversation is not moved because its worker has one other request, or had one a moment ago."""
 CONVERSATIONS = 48
 TURNS = 4
