@@ -17,8 +17,9 @@ HEADER = "# Written from the imports by `make build-files`; changes by hand are 
 
 SERVER_FIXTURES = Path("tests/fixtures/servers.py")
 
-HOST_FOLDERS = ("tests/deploy", "tests/e2e")
-"""Their tests need the machine and not just what they import: processes, the whole repository."""
+HOST_FOLDERS = ("tests/deploy", "tests/e2e", "tests/services/frontend/sdks")
+"""Their tests need the machine and not just what they import: processes, the whole repository,
+packages of other languages."""
 
 _PYTHON_RULES = "@rules_python//python:defs.bzl"
 
@@ -67,6 +68,8 @@ class _HostTests:
         if test.folder.as_posix().startswith(HOST_FOLDERS):
             return True
         files = set(self._graph.files[test])
+        if any(b"pytest.mark.vllm" in (self._root / file).read_bytes() for file in files):
+            return True  # It runs vLLM's own environment.
         for target in self._graph.closure(test):
             # Who defines the fixtures may ask for one to make another; that starts nothing yet.
             if target.folder.parts[0] == "tests" and target.folder != SERVER_FIXTURES.parent:
