@@ -95,14 +95,12 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
         dialect: Dialect,
         before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> Response:
-        exchange = exchange_of(request.scope)
         return GenerationResponse(
             pipeline,
             body,
             prompts,
             dialect,
-            traceparent=exchange.traceparent,
-            routing=routing_options(exchange.headers),
+            routing=routing_options(exchange_of(request.scope).headers),
             before_end=before_end,
         )
 
@@ -146,7 +144,6 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
 
     async def pooled(request: Request, body: type[EmbeddingBody | PoolingBody]) -> Response:
         fields = await bodies.json_of(request)
-        exchange = exchange_of(request.scope)
         return EmbeddingResponse(
             pipeline,
             checked(
@@ -155,8 +152,7 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
                 neutral=embeddings_body.NEUTRAL,
                 ignored=embeddings_body.IGNORED,
             ),
-            traceparent=exchange.traceparent,
-            routing=routing_options(exchange.headers),
+            routing=routing_options(exchange_of(request.scope).headers),
         )
 
     async def embeddings(request: Request) -> Response:

@@ -167,14 +167,12 @@ class EmbeddingResponse(Response):
         pipeline: Pipeline,
         body: _InputBody,
         *,
-        traceparent: str,
         routing: routing_pb2.RoutingOptions | None,
     ) -> None:
         self.background = None
         self._pipeline = pipeline
         self._body = body
         self._answer_id = new_request_id(body.id_prefix)
-        self._traceparent = traceparent
         self._routing = routing
         self._is_started = False
 
@@ -211,7 +209,7 @@ class EmbeddingResponse(Response):
                 await pipeline.tokenise_inputs(model, body.inputs(), options),
                 options,
                 caller=caller,
-                traceparent=self._traceparent,
+                traceparent=exchange.traceparent,
                 routing=self._routing,
                 accepted_at=accepted_at,
                 deadline=deadline,

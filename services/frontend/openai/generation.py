@@ -47,7 +47,6 @@ class GenerationResponse(Response):
         prompts: Sequence[Prompt],
         dialect: Dialect,
         *,
-        traceparent: str,
         routing: routing_pb2.RoutingOptions | None,
         before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -58,7 +57,6 @@ class GenerationResponse(Response):
         self._prompts = prompts
         self._dialect = dialect
         self._answer_id = new_request_id(dialect.id_prefix)
-        self._traceparent = traceparent
         self._routing = routing
         self._before_end = before_end
         self._is_started = False
@@ -127,7 +125,7 @@ class GenerationResponse(Response):
                         token_ids,
                         options,
                         caller=caller,
-                        traceparent=self._traceparent,
+                        traceparent=exchange.traceparent,
                         routing=self._routing,
                         accepted_at=accepted_at,
                         deadline=deadline,
