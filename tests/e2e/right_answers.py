@@ -95,20 +95,14 @@ class Client:
                     assert "error" not in event, event
                     text += "".join(choice["text"] for choice in event["choices"])
                     usage = event["usage"] or usage
-        right = self._text_of(answer_to(prompt, tokens))
+        right = _whole_characters(self._tokenizer.decode(answer_to(prompt, tokens)))
         assert usage is not None, f"the answer ended after {len(text)} of {len(right)} characters"
-        assert (text, usage["completion_tokens"]) == (right, tokens)
+        assert (_whole_characters(text), usage["completion_tokens"]) == (right, tokens)
         return Served(
             response.headers.get("x-switchgear-prefill-worker"),
             response.headers["x-switchgear-decode-worker"],
             usage["prompt_tokens_details"]["cached_tokens"],
         )
-
-    def _text_of(self, answer: Sequence[int]) -> str:
-        """Half a character at the very end has no text."""
-        while (text := self._tokenizer.decode(answer)).endswith("\N{REPLACEMENT CHARACTER}"):
-            answer = answer[:-1]
-        return str(text)
 
     async def leave_at_the_first_token(self, prompt: Sequence[int]) -> None:
         """Of an answer that would take a minute."""
@@ -135,6 +129,11 @@ class Client:
             yield response
         finally:
             await response.aclose()
+
+
+def _whole_characters(text: str) -> str:
+    """Half a character at the very end has no text in a stream, and stands for one in a whole."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def new_prompt(tokens: int) -> list[int]:
