@@ -21,11 +21,12 @@ def stored_message(
 
 def chains_of(message: kv_events_pb2.BlocksStored) -> tuple[ChainStart, ...]:
     """The chains of a message, without those that make no sense."""
-    if not message.chain_starts:
+    starts = message.chain_starts
+    if not starts:
         return ()
     chains = []
     last, end = -1, len(message.sequence_hashes)
-    for start, before in zip(message.chain_starts, message.chain_parents, strict=False):
+    for start, before in zip(starts, message.chain_parents, strict=False):
         if last < start < end:
             chains.append((start, before or None))
             last = start

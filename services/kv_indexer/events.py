@@ -26,7 +26,7 @@ from switchgear.kv_events.v1 import kv_events_pb2
 
 log = logs.get(__name__)
 
-_TIERS = frozenset[int](Tier)
+_TIERS: dict[int, Tier] = {tier.value: tier for tier in Tier}
 
 POLL_SECONDS = 0.1
 MAX_UNREAD_BATCHES = 65_536
@@ -71,14 +71,19 @@ def from_message(message: kv_events_pb2.KvEventBatch) -> KvBatch:
 
 def _events(message: kv_events_pb2.KvEventBatch) -> Iterator[KvEvent]:
     for event in message.events:
-        match event.WhichOneof("event"):
-            case "stored" if event.stored.tier in _TIERS:
-                stored = event.stored
-                # A slice is a list, made much faster than a tuple.
-                yield BlocksStored(stored.sequence_hashes[:], chains_of(stored), Tier(stored.tier))
-            case "removed" if event.removed.tier in _TIERS:
-                yield BlocksRemoved(event.removed.sequence_hashes[:], Tier(event.removed.tier))
-            case "cleared":
-                yield CacheCleared()
-            case _:
-                yield BlocksStored(())
+        kind = event.WhichOneof("event")
+        # A slice of hashes is a list, made much faster than a tuple.
+        if kind == "stored":
+            stored = event.stored
+            if (tier := _TIERS.get(stored.tier)) is not None:
+                yield BlocksStored(stored.sequence_hashes[:], chains_of(stored), tier)
+                continue
+        elif kind == "removed":
+            removed = event.removed
+            if (tier := _TIERS.get(removed.tier)) is not None:
+                yield BlocksRemoved(removed.sequence_hashes[:], tier)
+                continue
+        elif kind == "cleared":
+            yield CacheCleared()
+            continue
+        yield BlocksStored(())

@@ -98,13 +98,15 @@ _Place = tuple[_Generation, _Holders] | tuple[None, None]
 class _Worker:
     """One worker's share of the index. Blocks count once for each tier."""
 
-    __slots__ = ("bit", "evicted", "held", "model")
+    __slots__ = ("bit", "evicted", "held", "model", "sets")
 
     def __init__(self, model: _Model, bit: int) -> None:
         self.model = model
         self.bit = bit
         self.held = 0
         self.evicted = 0
+        self.sets: dict[_Holders, None] = {}
+        """Those that have blocks and nobody else is in, in no order that matters."""
 
 
 class _Model:
@@ -118,7 +120,7 @@ class _Model:
         "expanded",
         "generations",
         "known_sets",
-        "sets",
+        "shared_sets",
         "workers",
     )
 
@@ -127,8 +129,8 @@ class _Model:
         """Oldest first. No block is in two."""
         self.born = 0
         """The turn that the newest began in."""
-        self.sets: dict[_Holders, None] = {}
-        """All that somebody is in and that have blocks, in no order that matters."""
+        self.shared_sets: dict[_Holders, None] = {}
+        """All that have blocks and more than one worker, in no order that matters."""
         self.known_sets: dict[_Masks, _Holders] = {}
         """By masks, to be shared. A worker that goes may make sets equal, so not all are here."""
         self.workers: set[InstanceId] = set()
@@ -150,6 +152,10 @@ class _Model:
         self.expanded.clear()
         self._expanded_instances = 0
         return bit
+
+    def instance(self, bit: int) -> InstanceId:
+        """The worker whose bit it is."""
+        return self._instances[bit.bit_length() - 1]
 
     def give_back_bit(self, instance: InstanceId, bit: int) -> None:
         self.workers.remove(instance)
@@ -303,14 +309,15 @@ class BlockIndex:
     def clear(self, instance: InstanceId) -> None:
         """Removes all of a worker's blocks, those evicted included.
 
-        Takes time for every set of holders, not for every block, unless that leaves most blocks
-        of the index without a holder.
+        Takes time for every set of holders that is its own or is shared, not for every block,
+        unless that leaves most blocks of the index without a holder.
         """
         worker = self._workers[instance]
         model, others = worker.model, ~worker.bit
         self.blocks -= worker.held
         worker.held = worker.evicted = 0
-        for holders in [each for each in model.sets if each.reach[-1] & worker.bit]:
+        shared = [each for each in model.shared_sets if each.reach[-1] & worker.bit]
+        for holders in (*worker.sets, *shared):
             self._forget_set(model, holders)
             device, host, disk = holders.masks
             holders.set_masks((device & others, host & others, disk & others))
@@ -426,9 +433,10 @@ class BlockIndex:
     def _forget_model(self, last: _Worker) -> None:
         model = last.model
         self._entries -= sum(map(len, model.generations))
-        held_once = sum(holders.blocks for holders in model.sets)
+        sets = last.sets  # There is nobody to share any with.
+        held_once = sum(holders.blocks for holders in sets)
         self._abandoned -= sum(map(len, model.generations)) - held_once
-        self._holders_bytes -= sum(holders.memory_bytes for holders in model.sets)
+        self._holders_bytes -= sum(holders.memory_bytes for holders in sets)
         self.blocks -= last.held
         self._models = {key: of for key, of in self._models.items() if of is not model}
 
@@ -629,13 +637,20 @@ class BlockIndex:
         if not holders.blocks:
             self._forget_set(model, holders)
 
+    def _sets_like(self, model: _Model, holders: _Holders) -> dict[_Holders, None]:
+        """Where such a set is found when one of its workers is cleared."""
+        bits = holders.reach[-1]
+        if bits & (bits - 1):
+            return model.shared_sets
+        return self._workers[model.instance(bits)].sets
+
     def _know_set(self, model: _Model, holders: _Holders) -> None:
-        model.sets[holders] = None
+        self._sets_like(model, holders)[holders] = None
         model.known_sets.setdefault(holders.masks, holders)
         self._holders_bytes += holders.memory_bytes
 
     def _forget_set(self, model: _Model, holders: _Holders) -> None:
-        del model.sets[holders]
+        del self._sets_like(model, holders)[holders]
         if model.known_sets.get(holders.masks) is holders:
             del model.known_sets[holders.masks]
         self._holders_bytes -= holders.memory_bytes
@@ -653,7 +668,10 @@ class BlockIndex:
             entries += blocks.total()
             assert len(set().union(*model.generations)) == blocks.total(), "in two generations"
             known = {holders for holders in blocks if holders.is_held}
-            assert model.sets.keys() == known
+            own = [self._workers[instance].sets.keys() for instance in model.workers]
+            assert known == set().union(model.shared_sets, *own)
+            for holders in known:
+                assert holders in self._sets_like(model, holders)
             for masks, holders in model.known_sets.items():
                 assert holders in known
                 assert holders.masks == masks
