@@ -8,10 +8,11 @@ because etcd is away; who really is gone is noticed by the connection to it.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote, unquote
 
 import aetcd
@@ -31,6 +32,8 @@ LEASE_SECONDS = 10
 """How long after a process's last sign of life others may still believe in it."""
 
 KEEP_ALIVE_SECONDS = LEASE_SECONDS / 3
+SILENT_SECONDS = 2
+"""etcd answers sooner, unless something is wrong with it."""
 CALL_SECONDS = 3
 RETRY_SECONDS = 0.5
 
@@ -96,6 +99,35 @@ class Table(Generic[T]):
                 listener()
 
 
+class _Silence:
+    """Whether etcd has answered of late. While it did not, nobody could keep a lease alive, so
+    leases that end then, or soon after, say nothing about who holds them."""
+
+    def __init__(self) -> None:
+        self._has_begun = False
+        """Of an etcd that never answered nothing is known that could be in doubt."""
+        self._asked_at: float | None = None
+        self._ended_at = -math.inf
+
+    def asked(self, now: float) -> None:
+        """A question goes out. Those before it may still be open."""
+        if self._asked_at is None and self._has_begun:
+            self._asked_at = now
+
+    def answered(self, now: float) -> None:
+        if self.is_on(now):
+            self._ended_at = now
+        self._has_begun = True
+        self._asked_at = None
+
+    def is_on(self, now: float) -> bool:
+        return self._asked_at is not None and now - self._asked_at > SILENT_SECONDS
+
+    def casts_doubt(self, now: float) -> bool:
+        """On leases that end now."""
+        return self.is_on(now) or now - self._ended_at < LEASE_SECONDS
+
+
 class Discovery:
     """One namespace's keys in one etcd."""
 
@@ -104,6 +136,7 @@ class Discovery:
         self._url = etcd_url
         self._access = access or ServerAccess()
         self._root = f"/switchgear/v1/{namespace}/"
+        self._silence = _Silence()
 
     async def check_access(self) -> None:
         """Raises CredentialsRefused when etcd does not let us in. An etcd that is away may come
@@ -152,10 +185,13 @@ class Discovery:
             yield
 
     async def _keep_registered(self, keys: Mapping[str, bytes]) -> None:
+        time = asyncio.get_running_loop().time
         while True:
             try:
+                self._silence.asked(time())
                 async with self._client() as client:
                     lease = await client.lease(LEASE_SECONDS)
+                    self._silence.answered(time())
                     try:
                         for key, value in keys.items():
                             await client.put((self._root + key).encode(), value, lease=lease)
@@ -172,9 +208,15 @@ class Discovery:
 
     async def _keep_alive(self, lease: aetcd.Lease) -> None:
         """Returns when etcd no longer knows the lease; raises when etcd can't be reached."""
+        time = asyncio.get_running_loop().time
         while True:
+            due_at = time() + KEEP_ALIVE_SECONDS
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            if (await lease.refresh()).TTL <= 0:
+            # If it was us who stood still, then so may have all others on this machine.
+            self._silence.asked(due_at)
+            refreshed = await lease.refresh()
+            self._silence.answered(time())
+            if refreshed.TTL <= 0:
                 return
 
     async def put(self, key: str, message: Message) -> int:
@@ -248,24 +290,52 @@ class Discovery:
         missing = {key: value for key, value in table.entries.items() if key not in entries}
         table.replace({**missing, **entries}, found.header.revision)
         watch = await client.watch_prefix(root, start_revision=found.header.revision + 1)
-        async with background(_drop_later(table, missing)):
+        with _Doubted(table) as doubted:
+            doubted.add(missing)
             async for event in watch:
                 key = _key(root, event.kv.key)
                 changed = dict(table.entries)
                 if event.kind == aetcd.rtypes.EventKind.DELETE:
-                    changed.pop(key, None)
-                    missing.pop(key, None)
+                    if self._silence.casts_doubt(asyncio.get_running_loop().time()):
+                        doubted.add([key])
+                    else:
+                        changed.pop(key, None)
                 elif (value := _parse(event.kv.key, event.kv.value, message)) is not None:
                     changed[key] = value
-                    missing.pop(key, None)
+                    doubted.discard(key)
                 table.replace(changed, event.kv.mod_revision)
 
 
-async def _drop_later(table: Table[T], missing: Mapping[Key, T]) -> None:
-    await asyncio.sleep(LEASE_SECONDS)
-    if missing:
-        log.info("entries did not come back", keys=["/".join(key) for key in missing])
-        table.replace({key: value for key, value in table.entries.items() if key not in missing})
+class _Doubted:
+    """Entries that etcd does not have, and perhaps should: dropped unless they come back within a
+    lease."""
+
+    def __init__(self, table: Table[Any]) -> None:
+        self._table = table
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+
+    def add(self, keys: Collection[Key]) -> None:
+        if keys:
+            timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._drop, tuple(keys))
+            self._timers.update(dict.fromkeys(keys, timer))
+
+    def discard(self, key: Key) -> None:
+        """It is there."""
+        self._timers.pop(key, None)
+
+    def _drop(self, keys: Collection[Key]) -> None:
+        gone = {key for key in keys if self._timers.pop(key, None) is not None}
+        if gone:
+            log.info("entries did not come back", keys=["/".join(key) for key in gone])
+            entries = self._table.entries
+            self._table.replace({key: entries[key] for key in entries.keys() - gone})
 
 
 def _key(root: bytes, key: bytes) -> Key:

@@ -26,6 +26,7 @@ CARD = discovery_pb2.ModelCard(
 def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "LEASE_SECONDS", 2)
     monkeypatch.setattr(discovery, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(discovery, "SILENT_SECONDS", 0.5)
 
 
 async def test_what_is_registered_is_seen_and_gone_at_once_when_it_leaves(
@@ -118,6 +119,43 @@ async def test_one_that_died_during_an_outage_is_dropped_after_a_lease(
         assert instances.entries
         server.start()
         await until(lambda: not instances.entries)
+
+
+async def test_an_etcd_that_hangs_until_leases_have_ended_is_outlived(
+    etcd_server: ServerProcess,
+) -> None:
+    there = Discovery(etcd_server.url, "ns")
+    async with there.watching("instances/", discovery_pb2.Instance) as instances:
+        changes: list[int] = []
+        instances.on_change(lambda: changes.append(len(instances.entries)))
+        async with there.registered(WORKER):
+            await until(lambda: bool(instances.entries))
+            before = instances.revision
+            with etcd_server.frozen():
+                # Leases end by etcd's clock, which goes on.
+                await asyncio.sleep(discovery.LEASE_SECONDS + 1)
+            # It is gone, and there again.
+            await until(lambda: instances.revision >= before + 2)
+            assert instances.entries
+        assert 0 not in changes
+
+
+async def test_a_worker_that_dies_while_etcd_answers_is_dropped_with_its_lease(
+    etcd_server: ServerProcess,
+) -> None:
+    there, where = Discovery(etcd_server.url, "ns"), urlsplit(etcd_server.url)
+    watcher = discovery_pb2.Instance(instance_id=2, role=discovery_pb2.ROLE_ROUTER)
+    async with (
+        there.registered(watcher),
+        there.watching("instances/", discovery_pb2.Instance) as instances,
+        aetcd.Client(host=where.hostname, port=where.port) as client,
+    ):
+        lease = await client.lease(discovery.LEASE_SECONDS)
+        key = f"/switchgear/v1/ns/instances/decode_worker/{WORKER.instance_id:016x}"
+        await client.put(key.encode(), b"{}", lease=lease)
+        await until(lambda: len(instances.entries) == 2)
+        # Nobody keeps its lease alive.
+        await until(lambda: len(instances.entries) == 1)
 
 
 async def _register_until_cancelled(there: Discovery) -> None:
