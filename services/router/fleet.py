@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
@@ -50,6 +50,8 @@ class Member:
         self.has_common_files = True
         """Whether most workers of the model have the same tokenizer and template."""
         self.is_listed = True
+        self.was_tried = asyncio.Event()
+        """It has answered, or has failed to."""
         self._is_connected = False
         self._links = 0
         """Frontends' sessions to it, which tell its load as soon as its own does."""
@@ -94,6 +96,7 @@ class Member:
                             details=error.details(),
                         )
                 self._is_connected = self.worker.is_available = False
+                self.was_tried.set()
                 if not self.is_listed:
                     return
                 if self._version != self._channels.version:
@@ -103,6 +106,7 @@ class Member:
                 await asyncio.sleep(RECONNECT_SECONDS)
         finally:
             self.worker.is_available = False
+            self.was_tried.set()
             self._control = None
             await self._channel.close()
 
@@ -135,6 +139,7 @@ class Member:
             log.info("worker connected", worker=self.worker.name, address=self.address)
         self._is_connected = True
         self.worker.is_available = self.is_listed
+        self.was_tried.set()
 
 
 class Fleet:
@@ -170,6 +175,16 @@ class Fleet:
     def is_known(self, model: str) -> bool:
         """Whether anybody serves the model, ready or not."""
         return any(card.model == model for card in self._cards.values())
+
+    async def settled(self, seconds: float) -> None:
+        """Returns once every worker that discovery lists has answered, or has failed to; after so
+        many seconds in any case. A router that took requests before would refuse them."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._instances.was_read.wait()
+                await self._cards.was_read.wait()
+                for member in list(self.members.values()):
+                    await member.was_tried.wait()
 
     def has_events(self, model: str) -> bool:
         """Whether KV events tell what any worker of the model holds."""

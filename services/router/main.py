@@ -19,6 +19,9 @@ from services.router.servicer import RouterServicer
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 
+SETTLE_SECONDS = 3.0
+"""How long workers may take to answer before the router takes requests without them."""
+
 SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 
@@ -35,6 +38,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         ) as overlaps,
         discovery.watching("config/router/", struct_pb2.Value) as live,
     ):
+        await fleet.settled(SETTLE_SECONDS)
         servicer = RouterServicer(fleet, overlaps, LiveSettings(settings, live), degraded)
 
         def add_services(server: grpc.aio.Server) -> None:
