@@ -41,6 +41,9 @@ class _Replacing:
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         pass
 
+    def load_changed(self) -> None:
+        pass
+
     def failed(self, error: BaseException) -> None:
         self.failure = error
 

@@ -288,6 +288,9 @@ class EngineSink(Protocol):
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         """The KV cache changed, in this order."""
 
+    def load_changed(self) -> None:
+        """The load may have changed without a submission, a cancellation or a step, or since."""
+
     def failed(self, error: BaseException) -> None:
         """The engine is dead and will report nothing more. Called once at most."""
 

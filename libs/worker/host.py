@@ -31,6 +31,7 @@ from libs.engine.interface import (
 from libs.worker import leg_trace, metrics
 from libs.worker.core import wire
 from libs.worker.core.session import Handle, Session
+from libs.worker.load_spreading import LoadSpreading
 from switchgear.worker.v1 import worker_pb2
 
 log = logs.get(__name__)
@@ -72,6 +73,7 @@ class EngineHost:
         self._on_kv_events: Callable[[Sequence[EngineKvEvent]], None] = self._early_kv_events.extend
         self._live: dict[RequestKey, _Live] = {}
         self._keys = count(1)
+        self._load = LoadSpreading(self.sessions, engine.load, asyncio.get_running_loop())
 
     def publish_to(self, take: Callable[[Sequence[EngineKvEvent]], None]) -> None:
         """Who gets the engine's KV events from now on, those since its start included."""
@@ -97,6 +99,7 @@ class EngineHost:
         self.cancel(session, list(session.keys))
         for other in self.sessions:
             other.repeat_load()
+        self._load.changed()
 
     def submit(self, session: Session, submits: Iterable[worker_pb2.Submit]) -> None:
         """Gives requests to the engine, or refuses them. Raises ProtocolViolation for a handle
@@ -128,6 +131,7 @@ class EngineHost:
         if accepted:
             self.idle.clear()
             self.engine.submit(accepted)
+            self._load.changed()
 
     def _set_deadline(self, live: _Live, key: RequestKey, seconds: float) -> None:
         if seconds <= 0:
@@ -155,6 +159,7 @@ class EngineHost:
                         live.trace.cancelled()
         if keys:
             self.engine.cancel(keys)
+            self._load.changed()
 
     def _forget(self, key: RequestKey) -> _Live | None:
         live = self._live.pop(key, None)
@@ -220,9 +225,13 @@ class EngineHost:
                 touched.add(live.session)
         for session in touched:
             session.flush()
+        self._load.changed()
 
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         self._on_kv_events(events)
+
+    def load_changed(self) -> None:
+        self._load.changed()
 
     def failed(self, error: BaseException) -> None:
         """Fails everything; clients move their requests elsewhere."""

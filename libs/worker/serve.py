@@ -114,7 +114,6 @@ async def serve_worker(
 
             async with (
                 background(publisher.run()),
-                background(servicer.spread_load()),
                 offering(
                     settings,
                     discovery,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from itertools import count
 from typing import Any
 
 import grpc
@@ -16,13 +15,6 @@ from libs.worker.host import EngineHost
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 
 FILE_PIECE_BYTES = 1 << 20
-LOAD_INTERVAL_SECONDS = 0.005
-"""How soon an idle client hears that the load has changed much: routers that know nothing of each
-other must not all run to the same worker. A message costs some 40 us here and there."""
-
-SLIGHT_LOAD_INTERVALS = 50
-"""In how many of those it hears of any change, such as the blocks that decoding takes up."""
-
 MAX_STATUS_REQUEST_IDS = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -80,15 +72,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             )
         finally:
             self._host.close(session)
-
-    async def spread_load(self) -> None:
-        """Tells idle clients, too, when the load has changed. Runs until cancelled."""
-        for number in count(1):
-            await asyncio.sleep(LOAD_INTERVAL_SECONDS)
-            load = self._host.engine.load()
-            is_any_told = number % SLIGHT_LOAD_INTERVALS == 0
-            for session in self._host.sessions:
-                session.load_changed(load, is_any_told=is_any_told)
 
     async def GetModelFiles(
         self, request: worker_pb2.GetModelFilesRequest, context: Context

@@ -130,6 +130,7 @@ class SimEngine(Engine):
                 self._start_pull(pull, pulls)
             self._report_events(sink)
             if step_seconds is None:
+                sink.load_changed()
                 await self._idle()
                 step_end = loop.time()
                 continue

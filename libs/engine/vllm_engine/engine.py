@@ -119,6 +119,7 @@ class VllmEngine(Engine):
         self._vllm = await self._load(self._settings)
         self._info = self._vllm.info
         self._stats = self._vllm.stats
+        self._stats.on_change = sink.load_changed
         self._tasks = asyncio.create_task(self._run(self._vllm), name="vllm engine")
         return self._info
 
@@ -403,6 +404,7 @@ class VllmEngine(Engine):
         running.pull = None
         self._queue_prompt(running)
         self._send(running)
+        self._sink.load_changed()
 
 
 def _waited_seconds(output: Any) -> float:

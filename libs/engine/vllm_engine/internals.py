@@ -139,6 +139,7 @@ def stat_logger(stats: StepStats) -> Callable[[Any, int], StatLoggerBase]:
             stats.kv_cache_usage = scheduler_stats.kv_cache_usage
             if transfers := scheduler_stats.kv_connector_stats:
                 stats.transferred_bytes += sum(transfers.get("bytes_transferred", ()))
+            stats.on_change()
 
         def log_engine_initialized(self) -> None:
             pass

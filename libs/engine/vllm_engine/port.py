@@ -23,6 +23,8 @@ class StepStats:
     kv_cache_usage: float = 0.0
     transferred_bytes: int = 0
     """Since the start."""
+    on_change: Callable[[], None] = lambda: None
+    """Called on the event loop after each step's have been set, which follow its outputs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,12 +137,17 @@ class Session:
         """Called once after a step put something in."""
         self._touch()
 
-    def load_changed(self, load: EngineLoad, *, is_any_told: bool) -> None:
+    def load_changed(self, load: EngineLoad, *, is_any_told: bool = False) -> bool:
         """Lets an idle client know what others made of the worker. Without `is_any_told` only if it
-        matters for whether the worker gets the next request."""
+        matters for whether the worker gets the next request. Returns whether there is nothing left
+        to tell."""
         sent = self._load_sent
-        if load != sent and (is_any_told or sent is None or _is_much(sent, load)):
+        if load == sent:
+            return True
+        if is_any_told or sent is None or _is_much(sent, load):
             self._touch()
+            return True
+        return False
 
     def repeat_load(self) -> None:
         """The client may have heard of another load since, on a session of its that has ended."""

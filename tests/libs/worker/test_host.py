@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from libs.worker.core.session import Session
 from switchgear.common.v1 import generation_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.worker.v1 import worker_pb2
-from tests.fixtures.eventually import until
+from tests.fixtures.eventually import WAIT_SECONDS, until
 from tests.fixtures.spans import KeptSpans
 from tests.fixtures.workers import MODEL, SimWorker, sim_worker
 
@@ -87,3 +88,21 @@ async def test_who_stays_hears_of_the_load_that_only_another_session_was_told() 
         host.close(leaving)
         staying.load_changed(idle, is_any_told=True)
         assert staying.take(lambda: idle) is not None
+
+
+async def test_who_is_idle_hears_when_kv_that_nobody_pulled_has_expired() -> None:
+    async with computed(kv_lease_seconds=0.2) as (worker, _):
+        heard_blocks: list[int] = []
+        news = asyncio.Event()
+        idle = worker.host.open(news.set, 8)
+
+        def has_heard_the_end() -> bool:
+            if (response := idle.take(worker.host.engine.load)) is not None:
+                heard_blocks.append(response.load.active_kv_blocks)
+            return heard_blocks[-1] == 0
+
+        assert not has_heard_the_end()
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not has_heard_the_end():
+                news.clear()
+                await news.wait()

@@ -25,6 +25,9 @@ class RecordingSink:
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         self.events += events
 
+    def load_changed(self) -> None:
+        pass
+
     def failed(self, error: BaseException) -> None:
         assert self.failure is None
         self.failure = error

@@ -145,6 +145,9 @@ class Recording:
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         self.events.put_nowait(events)
 
+    def load_changed(self) -> None:
+        pass
+
     def failed(self, error: BaseException) -> None:
         self.failures.put_nowait(error)
 
