@@ -68,7 +68,8 @@ class Session:
             )
         self._credit.consumed(consumed_responses)
         self.taken_sequence_number = sequence_number
-        self._wake()
+        if self._is_dirty:
+            self._wake()
 
     def started(self, handle: Handle, start: Start) -> None:
         self._starts.append(
