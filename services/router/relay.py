@@ -178,7 +178,8 @@ class Relay:
     def command(self, request: router_pb2.SessionRequest) -> None:
         """Takes one message in. Raises ProtocolViolation."""
         self._credit.consumed(request.consumed_responses)
-        self._wake()
+        if self._is_dirty:
+            self._wake()
         if request.submits:
             self.submit(request.submits)
         # After them: a request may be cancelled in the message that brings it.
@@ -205,6 +206,9 @@ class Relay:
                 self._end(request, is_cancelled=True)
                 if link is not None:
                     link.cancel(handle)
+                if self._pending.routed:
+                    # Nothing may follow that would take it along.
+                    self._touch()
 
     def take(self) -> router_pb2.SessionResponse | None:
         """The next message to send, with everything there is; None when there is nothing, or no
@@ -325,6 +329,7 @@ class Relay:
     def _decode(self, request: _Request, chosen: Candidate) -> None:
         worker = chosen.worker
         worker.book(chosen.booking)
+        # Goes with the first outputs, or whatever else is sent before: nobody waits for it.
         routed = self._pending.routed.add(handle=request.handle)
         decode_worker = routed.decode_worker
         decode_worker.instance_id = worker.instance_id
@@ -336,7 +341,6 @@ class Relay:
             routed.prefill_worker.name = request.prefill.name
             routed.prefill_cached_tokens = request.prefill_cached_tokens
         (_WHOLE if request.kv_session is None else _DISAGGREGATED).inc()
-        self._touch()
         self._send(request, worker, leg, chosen.booking)
 
     def _send(

@@ -231,6 +231,32 @@ async def test_a_dead_worker_that_is_still_listed_stays_unavailable(stand: Stand
     assert not stand.is_available("dead")
 
 
+async def test_who_serves_a_request_is_told_with_its_first_outputs(stand: Stand) -> None:
+    await stand.add(DECODE, "d", SLOW)
+    session = Session(stand)
+    await session.open()
+    await session.submit(1, [1, 2, 3], 3)
+    await session.read()
+    assert session.routed[1].decode_worker.name == "d"
+    assert session.tokens[1]
+    session.call.cancel()
+
+
+async def test_who_serves_a_request_is_told_although_it_is_cancelled_before_it_has_outputs(
+    stand: Stand,
+) -> None:
+    worker = await stand.add(DECODE, "d", SimSettings(timing="default", chunk_tokens=256))
+    session = Session(stand)
+    await session.open()
+    await session.submit(1, list(range(20_000)), 3)
+    await until(lambda: not worker.host.idle.is_set())
+    await session.call.write(router_pb2.SessionRequest(cancels=[1]))
+    await session.read()
+    assert session.routed[1].decode_worker.name == "d"
+    assert not session.tokens
+    session.call.cancel()
+
+
 async def test_cancelling_reaches_the_engine(stand: Stand) -> None:
     worker = await stand.add(DECODE, "d", SLOW)
     session = Session(stand)
