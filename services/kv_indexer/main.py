@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -63,10 +64,10 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
             )
             follow_discovery(indexer, instances, cards)
 
+            servicer = KvIndexerServicer(indexer)
+
             def add_services(server: grpc.aio.Server) -> None:
-                kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(
-                    KvIndexerServicer(indexer), server
-                )
+                kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(servicer, server)
 
             async with (
                 # If a snapshot overtakes the subscription, heartbeats show what fell in between.
@@ -79,6 +80,7 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
                     [SERVICE_NAME],
                     tls=ServerTls(certificates, COMPONENT) if certificates else None,
                 ) as server,
+                _ending(servicer),
                 background(
                     _offer(settings, discovery, server, metrics_port, [instances, cards])
                 ) as offering,
@@ -151,6 +153,15 @@ async def _offer(
     log.info("serving", address=instance.address, metrics_address=instance.metrics_address)
     async with discovery.registered(instance):
         await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _ending(servicer: KvIndexerServicer) -> AsyncIterator[None]:
+    """Ends routers' sessions when the body is left."""
+    try:
+        yield
+    finally:
+        servicer.closing.set()
 
 
 async def _until(stop: asyncio.Event) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from libs.common import tracing
+from libs.common.duplex import serve_duplex
+from libs.common.errors import NoLiveInstance, ProtocolViolation
 from services.kv_indexer import metrics
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.verification import Verifier
@@ -23,11 +27,44 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
     def __init__(self, indexer: Indexer) -> None:
         self._indexer = indexer
         self._verifier = Verifier(indexer)
+        self.closing = asyncio.Event()
+        """Set to end all sessions; their routers then go elsewhere."""
 
     async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: Context
     ) -> kv_indexer_pb2.FindOverlapResponse:
         """Looks all prompts up in one go, on the event loop: some microseconds each."""
+        return self._find(request)
+
+    # grpc.aio takes a coroutine that writes by itself as well as an iterator.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[kv_indexer_pb2.SessionRequest], context: Context
+    ) -> None:
+        """Answers each question as it comes, until the router ends the stream or we stop."""
+        if self.closing.is_set():
+            raise NoLiveInstance("the KV indexer is shutting down")
+        answer: kv_indexer_pb2.SessionResponse | None = None
+        news = asyncio.Event()
+
+        def command(request: kv_indexer_pb2.SessionRequest) -> None:
+            nonlocal answer
+            if answer is not None:
+                raise ProtocolViolation("a question came before the last one was answered")
+            answer = kv_indexer_pb2.SessionResponse(find_overlap=self._find(request.find_overlap))
+            news.set()
+
+        def take() -> kv_indexer_pb2.SessionResponse | None:
+            nonlocal answer
+            taken, answer = answer, None
+            return taken
+
+        await serve_duplex(
+            request_iterator, context, command=command, take=take, news=news, closing=self.closing
+        )
+
+    def _find(
+        self, request: kv_indexer_pb2.FindOverlapRequest
+    ) -> kv_indexer_pb2.FindOverlapResponse:
         response = kv_indexer_pb2.FindOverlapResponse()
         overlap = self._indexer.index.overlap
         degraded_reasons = self._indexer.degraded_reasons()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import TypeAlias, cast
 
 import grpc
 from prometheus_client import Histogram
@@ -17,8 +17,9 @@ from libs.common.gathering import Gathering
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
 from services.router.degraded import NO_KV_INDEXER, Degraded
+from services.router.indexer_link import IndexerLink
 from switchgear.discovery.v1 import discovery_pb2
-from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+from switchgear.kv_indexer.v1 import kv_indexer_pb2
 from switchgear.router.v1 import router_pb2
 
 log = logs.get(__name__)
@@ -33,6 +34,9 @@ MAX_QUERIES_A_CALL = 256
 
 SOURCE = "kv_indexer"
 """As which it reports what it lacks."""
+
+_Key: TypeAlias = tuple[str, int]
+"""An indexer's address and instance id: one that was started again may be another version."""
 
 
 class OverlapClient:
@@ -57,10 +61,8 @@ class OverlapClient:
             tuple[kv_indexer_pb2.OverlapQuery, asyncio.Future[Overlaps | None]]
         ] = []
         self._news = asyncio.Event()
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._versions: dict[str, int] = {}
-        """With which certificate each of them was opened."""
-        self._failed_at: dict[str, float] = {}
+        self._links: dict[_Key, IndexerLink] = {}
+        self._failed_at: dict[_Key, float] = {}
         """When an indexer last failed to answer, in the event loop's seconds."""
 
     async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps | None]:
@@ -91,36 +93,39 @@ class OverlapClient:
                         future.set_result(answer)
                 gathering.sent()
         finally:
-            for channel in self._channels.values():
-                await channel.close()
+            for link in self._links.values():
+                await link.close()
 
     async def _ask(
         self, queries: Sequence[kv_indexer_pb2.OverlapQuery]
     ) -> Sequence[Overlaps | None]:
         request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
-        addresses = {indexer.address for indexer in self._indexers.values()}
-        for gone in self._channels.keys() - addresses:
+        listed = {(indexer.address, indexer.instance_id) for indexer in self._indexers.values()}
+        for gone in self._links.keys() - listed:
             self._failed_at.pop(gone, None)
-            del self._versions[gone]
-            await self._channels.pop(gone).close()
+            await self._links.pop(gone).close()
         loop = asyncio.get_running_loop()
         # One that is stuck takes all the time there is: it comes last next time.
-        ordered = sorted(addresses, key=lambda address: self._failed_at.get(address, 0.0))
+        ordered = sorted(listed, key=lambda indexer: self._failed_at.get(indexer, 0.0))
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                for address in ordered:
-                    self._failed_at[address] = loop.time()
+                for indexer in ordered:
+                    self._failed_at[indexer] = loop.time()
+                    address, _ = indexer
+                    link = self._links.get(indexer)
+                    if link is None:
+                        link = self._links[indexer] = IndexerLink(address, self._opening)
                     try:
-                        response = await self._stub(address).FindOverlap(request)
+                        response = await link.ask(request)
                         answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
-                        if self._versions[address] != self._opening.version:
-                            await self._channels.pop(address).close()
+                        if link.certificate_version != self._opening.version:
+                            await self._links.pop(indexer).close()
                     except ValueError as error:
                         log.warning("indexer answered nonsense", address=address, error=str(error))
                     else:
-                        del self._failed_at[address]
+                        del self._failed_at[indexer]
                         self._degraded.report(
                             SOURCE, [lacking.reason for lacking in response.degraded_reasons]
                         )
@@ -129,17 +134,6 @@ class OverlapClient:
             log.debug("indexers too slow", timeout_seconds=self._timeout_seconds)
         self._degraded.report(SOURCE, [NO_KV_INDEXER])
         return [None] * len(queries)
-
-    def _stub(self, address: str) -> kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub:
-        channel = self._channels.get(address)
-        if channel is None:
-            self._versions[address] = self._opening.version
-            channel = self._opening.open(address, "kv_indexer")
-            self._channels[address] = channel
-        stub: kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub = (
-            kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
-        )
-        return stub
 
 
 def query_of(routing: router_pb2.RoutingRequest, traceparent: str) -> kv_indexer_pb2.OverlapQuery:

@@ -415,7 +415,14 @@ def test_of_workers_at_one_address_only_the_youngest_is_followed() -> None:
 
 @asynccontextmanager
 async def stub_of(indexer: Indexer) -> AsyncIterator[kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub]:
-    servicer = KvIndexerServicer(indexer)
+    async with stub_to(KvIndexerServicer(indexer)) as stub:
+        yield stub
+
+
+@asynccontextmanager
+async def stub_to(
+    servicer: KvIndexerServicer,
+) -> AsyncIterator[kv_indexer_pb2_grpc.KvIndexerServiceAsyncStub]:
     add = partial(kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server, servicer)
     async with (
         serving("127.0.0.1", 0, add, [SERVICE_NAME]) as server,
@@ -456,6 +463,27 @@ async def test_each_query_of_a_call_has_its_answer_in_order() -> None:
         )
     overlaps = [dict(zip(o.instance_ids, o.blocks, strict=True)) for o in answer.overlaps]
     assert overlaps == [{1: 3, 2: 1}, {}, {}, {1: 1, 2: 1}]
+
+
+def question(*hashes: int) -> kv_indexer_pb2.SessionRequest:
+    request = kv_indexer_pb2.FindOverlapRequest(queries=[query(*hashes)])  # type: ignore[list-item]
+    return kv_indexer_pb2.SessionRequest(find_overlap=request)
+
+
+async def test_a_session_answers_one_question_after_the_other_until_the_indexer_stops() -> None:
+    servicer = KvIndexerServicer(indexer_holding(w1=[1, 2, 3]))
+    async with stub_to(servicer) as stub, asyncio.timeout(10):
+        session = stub.Session()
+        for hashes, blocks in (([1], 1), ([1, 2], 2), ([1, 2, 3, 4], 3)):
+            await session.write(question(*hashes))
+            response = await session.read()
+            assert isinstance(response, kv_indexer_pb2.SessionResponse)
+            assert list(response.find_overlap.overlaps[0].blocks) == [blocks]
+        servicer.closing.set()
+        assert await session.read() is grpc.aio.EOF
+        assert await session.code() is grpc.StatusCode.OK
+        refused = stub.Session()
+        assert await refused.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_query_of_another_block_size_finds_nobody_and_costs_the_others_nothing() -> None:

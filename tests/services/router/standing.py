@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import grpc
 from google.protobuf import struct_pb2
@@ -49,6 +50,15 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
                 for _ in request.queries
             ]
         )
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[kv_indexer_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[kv_indexer_pb2.SessionResponse]:
+        async for request in request_iterator:
+            answer = await self.FindOverlap(request.find_overlap, context)
+            yield kv_indexer_pb2.SessionResponse(find_overlap=answer)
 
     async def GetStatus(
         self, request: kv_indexer_pb2.GetStatusRequest, context: object

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from typing import Any
 
+import grpc
 import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
@@ -22,6 +23,7 @@ from tests.services.router.standing import FakeIndexer
 
 QUERY = kv_indexer_pb2.OverlapQuery(model="m", block_size_tokens=16, sequence_hashes=[1])
 HOLDER = 7
+SERVICE_NAME = kv_indexer_pb2.DESCRIPTOR.services_by_name["KvIndexerService"].full_name
 
 
 class Indexer(FakeIndexer):
@@ -34,6 +36,9 @@ class Indexer(FakeIndexer):
         self.is_stuck = False
         self.babble: kv_indexer_pb2.FindOverlapResponse | None = None
         """Its answer to whatever it is asked."""
+        self.sessions = 0
+        self.answers_a_session = 1_000
+        """How many it gives before it ends one."""
 
     async def FindOverlap(
         self, request: kv_indexer_pb2.FindOverlapRequest, context: object
@@ -45,6 +50,39 @@ class Indexer(FakeIndexer):
             return self.babble
         return await super().FindOverlap(request, context)
 
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[kv_indexer_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[kv_indexer_pb2.SessionResponse]:
+        self.sessions += 1
+        answers = 0
+        async for answer in super().Session(request_iterator, context):
+            yield answer
+            answers += 1
+            if answers == self.answers_a_session:
+                return
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server(self, server)
+
+
+class OlderIndexer(Indexer):
+    """One of the time before sessions."""
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        find_overlap = grpc.unary_unary_rpc_method_handler(
+            self.FindOverlap,
+            kv_indexer_pb2.FindOverlapRequest.FromString,
+            kv_indexer_pb2.FindOverlapResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, {"FindOverlap": find_overlap}),)
+        )
+
+
+AnyIndexer = pytest.mark.parametrize("make", [Indexer, OlderIndexer])
+
 
 @asynccontextmanager
 async def asking(
@@ -53,9 +91,8 @@ async def asking(
     async with AsyncExitStack() as stack:
         listed: dict[tuple[str, ...], discovery_pb2.Instance] = {}
         for indexer in indexers:
-            add = partial(kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server, indexer)
             server = await stack.enter_async_context(
-                serving("127.0.0.1", 0, add, [], grace_seconds=0)
+                serving("127.0.0.1", 0, indexer.add_to, [], grace_seconds=0)
             )
             address = f"127.0.0.1:{server.port}"
             listed[(address,)] = discovery_pb2.Instance(address=address)
@@ -73,11 +110,12 @@ MALFORMED = pytest.mark.parametrize(
 )
 
 
+@AnyIndexer
 @MALFORMED
 async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
-    overlaps: list[kv_indexer_pb2.Overlap],
+    overlaps: list[kv_indexer_pb2.Overlap], make: type[Indexer]
 ) -> None:
-    indexer = Indexer()  # type: ignore[abstract]
+    indexer = make()
     async with asking(indexer) as client, asyncio.timeout(10):
         indexer.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=overlaps)
         assert await client.find([QUERY]) == [None]
@@ -85,11 +123,12 @@ async def test_a_malformed_answer_is_none_and_the_next_question_is_asked(
         assert await client.find([QUERY]) == [{HOLDER: 1}]
 
 
+@AnyIndexer
 @MALFORMED
 async def test_a_malformed_answer_costs_none_since_another_indexer_is_asked(
-    overlaps: list[kv_indexer_pb2.Overlap],
+    overlaps: list[kv_indexer_pb2.Overlap], make: type[Indexer]
 ) -> None:
-    indexers = Indexer(), Indexer()  # type: ignore[abstract]
+    indexers = make(), make()
     async with asking(*indexers) as client, asyncio.timeout(10):
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
@@ -98,8 +137,9 @@ async def test_a_malformed_answer_costs_none_since_another_indexer_is_asked(
         assert all(indexer.was_asked for indexer in indexers)
 
 
-async def test_an_indexer_that_gets_stuck_costs_one_answer() -> None:
-    indexers = Indexer(), Indexer()  # type: ignore[abstract]
+@AnyIndexer
+async def test_an_indexer_that_gets_stuck_costs_one_answer(make: type[Indexer]) -> None:
+    indexers = make(), make()
     async with asking(*indexers) as client, asyncio.timeout(10):
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         (favourite,) = (indexer for indexer in indexers if indexer.was_asked)
@@ -139,3 +179,32 @@ async def test_what_an_indexer_says_that_it_lacks_is_told() -> None:
         )
         assert await client.find([QUERY]) == [{HOLDER: 1}]
         assert list(degraded) == [("kv_indexer", "gap")]
+
+
+async def test_an_indexer_is_asked_again_and_again_in_one_session() -> None:
+    indexer = Indexer()  # type: ignore[abstract]
+    async with asking(indexer) as client, asyncio.timeout(10):
+        for _ in range(5):
+            assert await client.find([QUERY, QUERY]) == [{HOLDER: 1}] * 2
+    assert indexer.sessions == 1
+    assert indexer.queries == 10
+
+
+async def test_questions_are_answered_although_sessions_end() -> None:
+    indexer = Indexer()  # type: ignore[abstract]
+    indexer.answers_a_session = 2
+    async with asking(indexer) as client, asyncio.timeout(10):
+        for _ in range(10):
+            assert await client.find([QUERY]) == [{HOLDER: 1}]
+    assert indexer.sessions > 1
+
+
+async def test_an_indexer_that_answers_again_is_asked_in_a_session_again() -> None:
+    indexer = Indexer()  # type: ignore[abstract]
+    async with asking(indexer) as client, asyncio.timeout(10):
+        indexer.is_stuck = True
+        assert await client.find([QUERY]) == [None]
+        indexer.is_stuck = False
+        for _ in range(3):
+            assert await client.find([QUERY]) == [{HOLDER: 1}]
+    assert indexer.sessions == 2
