@@ -13,7 +13,6 @@ from prometheus_client import Histogram
 from libs.common import logs
 from libs.common.channels import Channels
 from libs.common.discovery import Discovery, Table
-from libs.common.gathering import Gathering
 from libs.common.tasks import background
 from services.router.core.decision import Overlaps
 from services.router.degraded import NO_KV_INDEXER, Degraded
@@ -76,11 +75,10 @@ class OverlapClient:
 
     async def run(self) -> None:
         """Answers until cancelled."""
-        gathering = Gathering()
         try:
             while True:
+                # What comes while a question is on its way is asked with the next one.
                 await self._news.wait()
-                await gathering.before_sending()
                 batch = self._waiting[:MAX_QUERIES_A_CALL]
                 del self._waiting[:MAX_QUERIES_A_CALL]
                 if not batch:
@@ -91,7 +89,6 @@ class OverlapClient:
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if not future.done():
                         future.set_result(answer)
-                gathering.sent()
         finally:
             for link in self._links.values():
                 await link.close()
