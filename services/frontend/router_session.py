@@ -19,9 +19,9 @@ from libs.common import grpc_errors, logs
 from libs.common.channels import Channels
 from libs.common.discovery import Table
 from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearError, WorkerLost
-from libs.common.gathering import Gathering
 from libs.common.tasks import background
 from services.frontend.core.logprobs import Position, positions_of
+from services.frontend.gathering import Gathering
 from services.frontend.rounds import Rounds
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2

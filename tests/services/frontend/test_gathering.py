@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from libs.common import gathering
-from libs.common.gathering import Gathering
+from services.frontend import gathering
+from services.frontend.gathering import Gathering
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("libs.common.gathering.asyncio.sleep", sleep)
+    monkeypatch.setattr("services.frontend.gathering.asyncio.sleep", sleep)
     return waited
 
 
