@@ -17,6 +17,8 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
+from services.frontend.words import WordEncoder
+
 MAX_BYTES = 64 << 20
 """Of all that is remembered of one tokenizer, about: texts and their tokens."""
 
@@ -32,7 +34,7 @@ class SegmentEncoder:
         self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_bytes: int = MAX_BYTES
     ) -> None:
         """`settings` is what the tokenizer was made of, its tokenizer.json."""
-        self._tokenizer = tokenizer
+        self._words = WordEncoder(tokenizer, settings)
         self._max_bytes = max_bytes
         self._borders = borders_of(settings)
         self._at_border = re.compile(f"({_longest_of(self._borders)})")
@@ -43,7 +45,7 @@ class SegmentEncoder:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
         if not self._borders:
-            return self._encode_all([text])[0]
+            return self._words.encode(text).tolist()
         # Segments at even places, borders at odd ones.
         parts = self._at_border.split(text)
         found = self._find(parts[::2])
@@ -58,16 +60,10 @@ class SegmentEncoder:
     def _find(self, segments: list[str]) -> dict[str, array[int]]:
         found = dict(self._recalled(segments))
         if unknown := [segment for segment in dict.fromkeys(segments) if segment not in found]:
-            encoded = [array("I", token_ids) for token_ids in self._encode_all(unknown)]
+            encoded = list(map(self._words.encode, unknown))
             found.update(zip(unknown, encoded, strict=True))
             self._remember(unknown, encoded)
         return found
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
-        # nobody.
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     def _recalled(self, segments: list[str]) -> Iterator[tuple[str, array[int]]]:
         with self._lock:

@@ -73,6 +73,8 @@ class ModelTokenizer:
         one."""
         if not adds_special_tokens:
             return self._segments.encode(text)
+        if not self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            return self._with_one_bos(self._segments.encode(text))
         # Unlike `encode` this lets go of Python's lock, so that a long text in a thread delays
         # nobody.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=True)

@@ -1,0 +1,218 @@
+"""Encoding by words, against the tokenizer itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from services.frontend import words
+from services.frontend.words import WordEncoder, cuts_at_spaces
+
+SPACES = [
+    " ",
+    " ",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\x1c",
+    "\x85",
+]
+PARTS = ["a", "B", "the", "the", "théâtre", "e\u0301", "\u0301", "1", "234", "½", ".", ";", "//"]
+PARTS += ["'s", "'LL", "中文", "\u200d", "👩\u200d💻", "ǅ", "ʰ", "²", "_", "\u180e", "end.", "İ"]
+
+texts = st.lists(
+    st.sampled_from(SPACES)
+    | st.sampled_from(PARTS)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=3),
+    max_size=25,
+).map("".join)
+
+
+def trained(pre_tokenizer: pre_tokenizers.PreTokenizer, *, normalizes: bool = False) -> Tokenizer:
+    """A BPE tokenizer that has merged much of what its pre-tokenizer leaves together."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizes:
+        tokenizer.normalizer = normalizers.NFC()
+    chooser = random.Random(0)
+    corpus = ["".join(chooser.choices(SPACES + PARTS, k=40)) for _ in range(200)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(["<x>"])
+    return tokenizer
+
+
+def with_pattern(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+TOKENIZERS: dict[str, Tokenizer] = {
+    "bytes": trained(BYTES),
+    "digits": trained(
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
+    ),
+    "whole numbers": trained(
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), BYTES])
+    ),
+    **{
+        f"pattern {number}": trained(with_pattern(pattern), normalizes=True)
+        for number, pattern in enumerate(sorted(words.PATTERNS))
+    },
+}
+
+
+def settings_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(tokenizer.to_str())
+    return settings
+
+
+SETTINGS = {name: settings_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return token_ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(conversation=st.lists(texts, min_size=1, max_size=6), max_words=st.integers(0, 40))
+def test_words_give_the_tokens_of_the_whole(
+    name: str, conversation: list[str], max_words: int
+) -> None:
+    encoder = WordEncoder(TOKENIZERS[name], SETTINGS[name], max_words=max_words)
+    assert cuts_at_spaces(SETTINGS[name])
+    for text in conversation:
+        assert encoder.encode(text).tolist() == encoded(TOKENIZERS[name], text)
+        assert encoder.known_words <= max_words
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_long_texts_of_known_and_of_unknown_words_do_too(name: str) -> None:
+    chooser = random.Random(1)
+    encoder = WordEncoder(TOKENIZERS[name], SETTINGS[name])
+    for _ in range(3):
+        known = "".join(chooser.choices(SPACES + PARTS, k=4000))
+        strange = " ".join(f"{chooser.getrandbits(40):x}" for _ in range(2000))
+        for text in (known, strange, known + strange):
+            assert encoder.encode(text).tolist() == encoded(TOKENIZERS[name], text)
+
+
+class CountingTokenizer:
+    """Tells what it was asked to encode."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.encoded: list[str] = []
+
+    def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> Any:
+        self.encoded += texts
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+
+def test_a_word_is_encoded_once() -> None:
+    tokenizer = CountingTokenizer(TOKENIZERS["bytes"])
+    encoder = WordEncoder(tokenizer, SETTINGS["bytes"])  # type: ignore[arg-type]
+    encoder.encode("the end. the  end. of it")
+    assert tokenizer.encoded == ["the", " end.", " the", "  end.", " of", " it"]
+    tokenizer.encoded.clear()
+    encoder.encode("of the end. of the new end.")
+    assert tokenizer.encoded == ["of", " new"]
+
+
+def test_of_a_text_of_strange_words_some_are_remembered() -> None:
+    tokenizer = CountingTokenizer(TOKENIZERS["bytes"])
+    encoder = WordEncoder(tokenizer, SETTINGS["bytes"])  # type: ignore[arg-type]
+    text = " ".join(map(str, range(10 * words.NEW_WORDS)))
+    encoder.encode(text)
+    assert tokenizer.encoded[-1] == text
+    assert encoder.known_words == words.NEW_WORDS
+
+
+def test_long_words_are_not_remembered() -> None:
+    encoder = WordEncoder(TOKENIZERS["bytes"], SETTINGS["bytes"])
+    for length in (words.MAX_WORD_CHARACTERS, words.MAX_WORD_CHARACTERS + 1):
+        text = f"the {'x' * length} the"
+        assert encoder.encode(text).tolist() == encoded(TOKENIZERS["bytes"], text)
+    assert encoder.known_words == 2
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.Digits(),
+        pre_tokenizers.Metaspace(),
+        with_pattern(r"\p{L}+ \p{L}+"),
+        pre_tokenizers.Sequence([BYTES, pre_tokenizers.Metaspace()]),
+        pre_tokenizers.Split(Regex(min(words.PATTERNS)), behavior="removed"),
+        pre_tokenizers.Split(Regex(min(words.PATTERNS)), behavior="isolated", invert=True),
+    ],
+)
+def test_tokenizers_that_might_look_beyond_words_get_whole_texts(
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+) -> None:
+    tokenizer = trained(pre_tokenizer)
+    settings = settings_of(tokenizer)
+    assert not cuts_at_spaces(settings)
+    encoder = WordEncoder(tokenizer, settings)
+    assert encoder.encode("the end of the end").tolist() == encoded(tokenizer, "the end of the end")
+    assert not encoder.known_words
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("<y>", lstrip=True),
+        AddedToken("<y>", rstrip=True),
+        AddedToken("<y>", single_word=True),
+        AddedToken("the end", normalized=True),
+    ],
+)
+def test_so_do_tokenizers_with_tokens_across_words(token: AddedToken) -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZERS["bytes"].to_str())
+    tokenizer.add_tokens([token])
+    assert not cuts_at_spaces(settings_of(tokenizer))
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Replace("d o", "x")])
+def test_so_do_tokenizers_that_change_the_text(normalizer: normalizers.Normalizer) -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZERS["bytes"].to_str())
+    tokenizer.normalizer = normalizer
+    assert not cuts_at_spaces(settings_of(tokenizer))
+    encoder = WordEncoder(tokenizer, settings_of(tokenizer))
+    assert encoder.encode("end of").tolist() == encoded(tokenizer, "end of")
+
+
+def test_a_tokenizer_without_steps_gets_whole_texts() -> None:
+    assert not cuts_at_spaces(settings_of(Tokenizer(models.BPE())))
