@@ -43,6 +43,10 @@ MAX_BATCH_BLOCKS = 8 * MAX_EVENT_BLOCKS
 """Half a MiB of hashes: NATS takes messages of up to 1 MiB unless told otherwise."""
 
 
+_NO_CHILDREN: dict[SequenceHash, _Block] = {}
+"""Of all blocks without, to be replaced and not added to."""
+
+
 class _Block:
     """A node of the tree."""
 
@@ -51,10 +55,15 @@ class _Block:
     def __init__(self, sequence_hash: SequenceHash, parent: _Block | None) -> None:
         self.sequence_hash = sequence_hash
         self.parent = parent
-        self.children: dict[SequenceHash, _Block] = {}
+        self.children: dict[SequenceHash, _Block] = _NO_CHILDREN
+        """Made with the first child."""
         self.copies = 0
         """How many the engine has, under whichever of its hashes."""
         self.is_published = False
+
+    @property
+    def parent_hash(self) -> SequenceHash | None:
+        return None if self.parent is None else self.parent.sequence_hash
 
     def published_subtree(self) -> Iterator[_Block]:
         """This block, which is published, and its published descendants; parents first."""
@@ -74,11 +83,11 @@ class _Chains:
         self.hashes: list[SequenceHash] = []
         self.starts: list[ChainStart] = []
 
-    def append(self, block: _Block) -> None:
-        before = None if block.parent is None else block.parent.sequence_hash
+    def extend(self, hashes: Sequence[SequenceHash], before: SequenceHash | None) -> None:
+        """Adds blocks in a row that follow `before`."""
         if before != (self.hashes[-1] if self.hashes else None):
             self.starts.append((len(self.hashes), before))
-        self.hashes.append(block.sequence_hash)
+        self.hashes += hashes
 
 
 class KvLedger:
@@ -90,8 +99,8 @@ class KvLedger:
         self.epoch = epoch
         self._sequence_number = 0
         self._blocks: dict[SequenceHash, _Block] = {}
-        self._copies: dict[EngineHash, list[_Block]] = {}
-        """A list as long as the engine has copies under that hash."""
+        self._copies: dict[EngineHash, _Block | list[_Block]] = {}
+        """With more than one copy under that hash a list, as long as there are."""
         self._changes: list[_Chains | list[SequenceHash]] = []
         """Published changes that are not numbered yet, oldest first: stored or removed."""
         self._is_clear_pending = False
@@ -112,8 +121,7 @@ class KvLedger:
                 case EngineBlocksStored():
                     self._store(event)
                 case EngineBlocksRemoved():
-                    for engine_hash in event.engine_hashes:
-                        self._remove(engine_hash)
+                    self._remove(event.engine_hashes)
                 case EngineCacheCleared():
                     self._clear()
                 case _:
@@ -153,7 +161,7 @@ class KvLedger:
         for root in self._blocks.values():
             if root.parent is None and root.is_published:
                 for block in root.published_subtree():
-                    held.append(block)
+                    held.extend((block.sequence_hash,), block.parent_hash)
         return KvSnapshot(self.epoch, self._sequence_number, held.hashes, held.starts)
 
     def _number(self, events: Sequence[KvEvent]) -> KvBatch:
@@ -167,7 +175,7 @@ class KvLedger:
             if copies is None:
                 self.unhashed_blocks += len(event.engine_hashes)
                 return
-            parent = copies[0]
+            parent = copies[0] if isinstance(copies, list) else copies
         seed = seed_of(lora_name=event.lora_name, cache_salt=event.cache_salt)
         sequence_hashes = chain(
             local_hashes(event.token_ids, self._block_size_tokens, seed),
@@ -176,31 +184,73 @@ class KvLedger:
         if len(sequence_hashes) != len(event.engine_hashes):
             self.unhashed_blocks += len(event.engine_hashes)
             return
+        blocks = self._blocks
+        known = 0
         for engine_hash, sequence_hash in zip(event.engine_hashes, sequence_hashes, strict=True):
-            block = self._blocks.get(sequence_hash)
+            block = blocks.get(sequence_hash)
             if block is None:
-                block = self._blocks[sequence_hash] = _Block(sequence_hash, parent)
-                if parent is not None:
-                    parent.children[sequence_hash] = block
+                break
+            known += 1
             block.copies += 1
-            self._copies.setdefault(engine_hash, []).append(block)
-            if not block.is_published and (block.parent is None or block.parent.is_published):
+            self._add_copy(engine_hash, block)
+            if not block.is_published and (parent is None or parent.is_published):
                 self._publish(block)
             parent = block
+        self._store_new(event.engine_hashes[known:], sequence_hashes[known:], parent)
 
-    def _remove(self, engine_hash: EngineHash) -> None:
+    def _store_new(
+        self,
+        engine_hashes: Sequence[EngineHash],
+        sequence_hashes: Sequence[SequenceHash],
+        parent: _Block | None,
+    ) -> None:
+        """Of blocks in a row, what follows the first one that is not in the tree: it is not there
+        either."""
+        if not sequence_hashes:
+            return
+        blocks, copies = self._blocks, self._copies
+        before = parent
+        is_published = parent is None or parent.is_published
+        for engine_hash, sequence_hash in zip(engine_hashes, sequence_hashes, strict=True):
+            block = blocks[sequence_hash] = _Block(sequence_hash, before)
+            block.copies = 1
+            block.is_published = is_published
+            if before is not None:
+                if before.children is _NO_CHILDREN:
+                    before.children = {sequence_hash: block}
+                else:
+                    before.children[sequence_hash] = block
+            if engine_hash in copies:
+                self._add_copy(engine_hash, block)
+            else:
+                copies[engine_hash] = block
+            before = block
+        if is_published:
+            self._note_stored(sequence_hashes, None if parent is None else parent.sequence_hash)
+
+    def _add_copy(self, engine_hash: EngineHash, block: _Block) -> None:
         copies = self._copies.get(engine_hash)
         if copies is None:
-            return
-        block = copies.pop()
-        if not copies:
-            del self._copies[engine_hash]
-        block.copies -= 1
-        if block.copies:
-            return
-        if block.is_published:
-            self._unpublish(block)
-        self._forget(block)
+            self._copies[engine_hash] = block
+        elif isinstance(copies, list):
+            copies.append(block)
+        else:
+            self._copies[engine_hash] = [copies, block]
+
+    def _remove(self, engine_hashes: Sequence[EngineHash]) -> None:
+        copies_of = self._copies
+        for engine_hash in engine_hashes:
+            block = copies_of.pop(engine_hash, None)
+            if block is None:
+                continue
+            if isinstance(block, list):
+                *rest, block = block
+                copies_of[engine_hash] = rest if len(rest) > 1 else rest[0]
+            block.copies -= 1
+            if not block.copies:
+                if block.is_published:
+                    self._unpublish(block)
+                self._forget(block)
 
     def _forget(self, block: _Block | None) -> None:
         """Takes a block out of the tree if nothing needs it, and then those it was kept for."""
@@ -223,25 +273,31 @@ class KvLedger:
         while stack:
             block = stack.pop()
             block.is_published = True
-            self.published_blocks += 1
-            self._note_stored(block)
+            self._note_stored((block.sequence_hash,), block.parent_hash)
             stack.extend(child for child in block.children.values() if child.copies)
 
     def _unpublish(self, block: _Block) -> None:
         """Removes a block and its published descendants, deepest first."""
-        for gone in reversed(list(block.published_subtree())):
-            gone.is_published = False
-            self.published_blocks -= 1
-            self._note_removed(gone)
+        if block.children:
+            for gone in reversed(list(block.published_subtree())):
+                self._note_removed(gone)
+        else:
+            self._note_removed(block)
 
-    def _note_stored(self, block: _Block) -> None:
-        last = self._changes[-1] if self._changes else None
-        if not isinstance(last, _Chains) or len(last.hashes) >= MAX_EVENT_BLOCKS:
-            last = _Chains()
-            self._changes.append(last)
-        last.append(block)
+    def _note_stored(self, hashes: Sequence[SequenceHash], before: SequenceHash | None) -> None:
+        """Blocks in a row are published. `before` is what the first one follows."""
+        self.published_blocks += len(hashes)
+        for start in range(0, len(hashes), MAX_EVENT_BLOCKS):
+            part = hashes[start : start + MAX_EVENT_BLOCKS]
+            last = self._changes[-1] if self._changes else None
+            if not isinstance(last, _Chains) or len(last.hashes) + len(part) > MAX_EVENT_BLOCKS:
+                last = _Chains()
+                self._changes.append(last)
+            last.extend(part, hashes[start - 1] if start else before)
 
     def _note_removed(self, block: _Block) -> None:
+        block.is_published = False
+        self.published_blocks -= 1
         last = self._changes[-1] if self._changes else None
         if not isinstance(last, list) or len(last) >= MAX_EVENT_BLOCKS:
             last = []
@@ -250,7 +306,9 @@ class KvLedger:
 
     def check_invariants(self) -> None:
         """For tests: raises AssertionError when what is kept contradicts itself."""
-        copies = [block for blocks in self._copies.values() for block in blocks]
+        assert not _NO_CHILDREN
+        lists = [each if isinstance(each, list) else [each] for each in self._copies.values()]
+        copies = [block for blocks in lists for block in blocks]
         assert self.published_blocks == sum(b.is_published for b in self._blocks.values())
         for sequence_hash, block in self._blocks.items():
             assert block.sequence_hash == sequence_hash
