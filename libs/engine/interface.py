@@ -247,6 +247,9 @@ class EngineBlocksStored:
     """Of all the blocks, block_size of them each."""
     lora_name: str = ""
     cache_salt: str = ""
+    sequence_hashes: Sequence[int] | None = field(default=None, compare=False)
+    """Of the blocks, by libs.common.hashing, from an engine that has them anyway. They say what the
+    tokens, name and salt say, so that nobody computes them again."""
 
 
 @dataclass(frozen=True, slots=True)

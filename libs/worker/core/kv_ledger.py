@@ -176,11 +176,13 @@ class KvLedger:
                 self.unhashed_blocks += len(event.engine_hashes)
                 return
             parent = copies[0] if isinstance(copies, list) else copies
-        seed = seed_of(lora_name=event.lora_name, cache_salt=event.cache_salt)
-        sequence_hashes = chain(
-            local_hashes(event.token_ids, self._block_size_tokens, seed),
-            None if parent is None else parent.sequence_hash,
-        )
+        sequence_hashes = event.sequence_hashes
+        if sequence_hashes is None:
+            seed = seed_of(lora_name=event.lora_name, cache_salt=event.cache_salt)
+            sequence_hashes = chain(
+                local_hashes(event.token_ids, self._block_size_tokens, seed),
+                None if parent is None else parent.sequence_hash,
+            )
         if len(sequence_hashes) != len(event.engine_hashes):
             self.unhashed_blocks += len(event.engine_hashes)
             return

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,19 @@ def test_stored_blocks_are_published_under_their_sequence_hashes() -> None:
     ledger.apply([stored((1, 2)), stored((1, 2, 3), start=2)])
     hashes = tuple(sequence_hashes(tokens((1, 2, 3)), BLOCK_SIZE_TOKENS))
     assert ledger.cut() == [KvBatch(5, 1, (BlocksStored(hashes),))]
+
+
+def test_sequence_hashes_that_the_engine_has_are_taken_as_they_are() -> None:
+    path = (1, 2, 3)
+    hashes = sequence_hashes(tokens(path), BLOCK_SIZE_TOKENS)
+    by_tokens, by_hashes = (KvLedger(BLOCK_SIZE_TOKENS, epoch=5) for _ in range(2))
+    for start, end in ((0, 2), (2, 3)):
+        event = stored(path[:end], start)
+        by_tokens.apply([event])
+        by_hashes.apply([replace(event, token_ids=(), sequence_hashes=hashes[start:end])])
+    assert by_hashes.cut() == by_tokens.cut()
+    by_hashes.apply([replace(stored((4,)), sequence_hashes=[])])
+    assert by_hashes.unhashed_blocks == 1
 
 
 def test_blocks_of_another_adapter_or_salt_are_other_blocks() -> None:

@@ -95,16 +95,16 @@ class BlockPool:
         if fresh == end:
             return
         stored = hashes[fresh:end]
-        for block in stored:
-            self._holders[block] = 1
+        self._holders.update(dict.fromkeys(stored, 1))
         self._flush_evicted()
         size = self._block_size_tokens
         self._events.append(
             EngineBlocksStored(
-                engine_hashes=tuple([engine_hash(block) for block in stored]),
+                engine_hashes=tuple(map(engine_hash, stored)),
                 parent=engine_hash(hashes[fresh - 1]) if fresh else None,
                 token_ids=tokens[fresh * size : end * size],
                 cache_salt=cache_salt,
+                sequence_hashes=stored,
             )
         )
 
@@ -112,10 +112,11 @@ class BlockPool:
         """Gives back all that a sequence has. `held` is in the sequence's order."""
         self._private -= private_blocks
         self._free += private_blocks
+        holders, idle = self._holders, self._idle
         for block in reversed(held):
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                self._idle[block] = None
+            left = holders[block] = holders[block] - 1
+            if not left:
+                idle[block] = None
 
     def take_events(self) -> list[EngineKvEvent]:
         """What happened to the cache since the last call, in order."""
@@ -129,11 +130,14 @@ class BlockPool:
         self._holders[block] += 1
 
     def _evict(self, blocks: int) -> None:
-        for _ in range(blocks):
-            block, _ = self._idle.popitem(last=False)
-            del self._holders[block]
-            self._free += 1
-            self._evicted.append(engine_hash(block))
+        if blocks <= 0:
+            return
+        holders, idle = self._holders, self._idle
+        gone = [idle.popitem(last=False)[0] for _ in range(blocks)]
+        for block in gone:
+            del holders[block]
+        self._free += blocks
+        self._evicted.extend(map(engine_hash, gone))
 
     def _flush_evicted(self) -> None:
         if self._evicted:

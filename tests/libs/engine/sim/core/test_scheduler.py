@@ -289,13 +289,16 @@ def test_full_blocks_are_reported_with_their_tokens_parent_and_salt() -> None:
     drive.submit(asked)
     output = drive.run().tokens[1]
     tokens = [*range(8), *output]
-    hashes = [
-        engine_hash(each)
-        for each in hashing.sequence_hashes(tokens, BLOCK_SIZE_TOKENS, cache_salt="tenant")
-    ]
+    sequence_hashes = hashing.sequence_hashes(tokens, BLOCK_SIZE_TOKENS, cache_salt="tenant")
+    hashes = list(map(engine_hash, sequence_hashes))
     assert drive.events == [
         EngineBlocksStored((hashes[0], hashes[1]), None, tokens[:8], "", "tenant"),
         EngineBlocksStored((hashes[2],), hashes[1], tokens[8:12], "", "tenant"),
+    ]
+    stored = [event for event in drive.events if isinstance(event, EngineBlocksStored)]
+    assert [list(event.sequence_hashes or ()) for event in stored] == [
+        sequence_hashes[:2],
+        sequence_hashes[2:],
     ]
 
 
