@@ -7,8 +7,12 @@ that encoding them again does.
 from __future__ import annotations
 
 import re
+import threading
 from array import array
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -22,6 +26,10 @@ NEW_WORDS, NEW_WORDS_SHARE = 256, 2
 """A text with more unknown ones than the first number, and one in the second of its words beside,
 is encoded as a whole: a word by itself takes as long as some in a text. Of such a text only the
 first number of words is remembered."""
+
+PIECE_CHARACTERS = 16_384
+"""Of longer texts so much is looked up at a time, and one text after the other: nobody else runs
+meanwhile, and the event loop must not wait behind several threads for its turn."""
 
 _CUT = re.compile(r" (?<=\S )")
 """A space behind something else: there a word ends, whatever follows."""
@@ -66,6 +74,7 @@ class WordEncoder:
         self._tokenizer = tokenizer
         self._max_words = max_words
         self._has_words = cuts_at_spaces(settings)
+        self._turn = threading.Lock()
         self._known: dict[str, bytes] = {}
         """Tokens, as in an array, of words and the space before them. Words end with no space.
 
@@ -80,18 +89,12 @@ class WordEncoder:
         if not self._has_words:
             return self._encoded([text])[0]
         known = self._known
-        first, *words = text.split(" ")
-        found = list(map(known.get, words))
-        unknown = _places_of_none(found)
-        # The last part may end in space: nothing follows.
-        inner = [words[place] for place in unknown if place + 1 < len(words)]
-        if first[-1:].isspace() or not all(map(_is_word, inner)):
-            # Some of the spaces are not between words.
-            first, *words = _CUT.split(text)
-            found = list(map(known.get, words))
-            unknown = _places_of_none(found)
-        new = list(dict.fromkeys([words[place] for place in unknown]))
-        is_strange = len(new) > NEW_WORDS + len(words) // NEW_WORDS_SHARE
+        first, *rest = _CUT.split(text, 1)
+        with self._turn if len(text) > PIECE_CHARACTERS else nullcontext():
+            looked_up = _LookedUp(rest, known)
+        unknown = looked_up.unknown
+        new = list(dict.fromkeys(unknown.values()))
+        is_strange = len(new) > NEW_WORDS + looked_up.words // NEW_WORDS_SHARE
         if is_strange:
             del new[NEW_WORDS:]
         start, *encoded = self._encoded([first, *[f" {word}" for word in new]])
@@ -99,9 +102,9 @@ class WordEncoder:
         self._remember(known, tokens_of)
         if is_strange:
             return self._encoded([text])[0]
-        for place in unknown:
-            found[place] = tokens_of[words[place]]
-        start.frombytes(b"".join(cast("list[bytes]", found)))
+        for place, word in unknown.items():
+            looked_up.tokens[place] = tokens_of[word]
+        start.frombytes(b"".join(looked_up.tokens))
         return start
 
     def _remember(self, known: dict[str, bytes], tokens_of: dict[str, bytes]) -> None:
@@ -156,10 +159,39 @@ def _keeps_cuts(step: dict[str, Any]) -> bool:
             return _cuts(step)
 
 
+class _LookedUp:
+    """What is known of the words behind the first one."""
+
+    def __init__(self, rest: list[str], known: dict[str, bytes]) -> None:
+        """`rest` is the text of them, or nothing."""
+        self.words = 0
+        self.tokens: list[bytes] = []
+        """Of words, or of many together; empty for those that are unknown."""
+        self.unknown: dict[int, str] = {}
+        """By place in `tokens`."""
+        for piece in chain.from_iterable(map(_pieces, rest)):
+            words = piece.split(" ")
+            try:
+                # What is known is a word, so all spaces here are between words.
+                self.tokens.append(b"".join(map(known.__getitem__, words)))
+            except KeyError:
+                if not all(map(_is_word, words[:-1])):
+                    words = _CUT.split(piece)
+                places = enumerate(words, len(self.tokens))
+                self.unknown.update((place, word) for place, word in places if word not in known)
+                self.tokens += [known.get(word, b"") for word in words]
+            self.words += len(words)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a text between words."""
+    start = 0
+    while (cut := _CUT.search(text, start + PIECE_CHARACTERS)) is not None:
+        yield text[start : cut.start()]
+        start = cut.end()
+    yield text[start:]
+
+
 def _is_word(part: str) -> bool:
     """Whether a space behind this is between words."""
     return bool(part) and not part[-1].isspace()
-
-
-def _places_of_none(found: list[bytes | None]) -> list[int]:
-    return [place for place, tokens in enumerate(found) if tokens is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -105,15 +106,20 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(conversation=st.lists(texts, min_size=1, max_size=6), max_words=st.integers(0, 40))
+@given(
+    conversation=st.lists(texts, min_size=1, max_size=6),
+    max_words=st.integers(0, 40),
+    piece_characters=st.sampled_from([0, 3, words.PIECE_CHARACTERS]),
+)
 def test_words_give_the_tokens_of_the_whole(
-    name: str, conversation: list[str], max_words: int
+    name: str, conversation: list[str], max_words: int, piece_characters: int
 ) -> None:
     encoder = WordEncoder(TOKENIZERS[name], SETTINGS[name], max_words=max_words)
     assert cuts_at_spaces(SETTINGS[name])
-    for text in conversation:
-        assert encoder.encode(text).tolist() == encoded(TOKENIZERS[name], text)
-        assert encoder.known_words <= max_words
+    with patch.object(words, "PIECE_CHARACTERS", piece_characters):
+        for text in conversation:
+            assert encoder.encode(text).tolist() == encoded(TOKENIZERS[name], text)
+            assert encoder.known_words <= max_words
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
