@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 MAX_WORDS = 131_072
-"""Remembered of one tokenizer, in some 25 MB; then it starts anew."""
+"""Remembered of one tokenizer, in some 20 MB; then it starts anew."""
 
 MAX_WORD_CHARACTERS = 64
 """Longer ones are not remembered."""
@@ -89,7 +89,7 @@ class WordEncoder:
         if not self._has_words:
             return self._encoded([text])[0]
         known = self._known
-        first, *rest = _CUT.split(text, 1)
+        first, *rest = _CUT.split(text, maxsplit=1)
         with self._turn if len(text) > PIECE_CHARACTERS else nullcontext():
             looked_up = _LookedUp(rest, known)
         unknown = looked_up.unknown
@@ -141,7 +141,7 @@ def cuts_at_spaces(settings: dict[str, Any]) -> bool:
 def _cuts(step: dict[str, Any]) -> bool:
     match step["type"]:
         case "ByteLevel":  # With GPT-2's pattern, to which the same applies.
-            return bool(step["use_regex"])
+            return bool(step.get("use_regex", True))
         case "Split":
             is_plain = step["behavior"] == "Isolated" and not step["invert"]
             return is_plain and step["pattern"].get("Regex") in PATTERNS
