@@ -222,16 +222,14 @@ class VllmEngine(Engine):
         if self._by_vllm_id.get(vllm_id) is not running:
             return  # Cancelled before its turn.
         request = running.request
-        add = vllm.add
         if request.pooling is not None:
-            add = vllm.add_pooling
             arguments = requests.pooling_arguments(request.pooling)
         elif request.leg is Leg.PREFILL:
             arguments = requests.prefill_arguments()
         else:
             arguments = requests.sampling_arguments(request, running.pull)
         try:
-            await add(vllm_id, request.prompt, request.cache_salt, request.priority, arguments)
+            await vllm.add(vllm_id, request, arguments)
         except InvalidRequest as error:
             if self._by_vllm_id.get(vllm_id) is running:
                 self._forget(running)

@@ -21,7 +21,13 @@ from typing import Any
 from libs.common import logs
 from libs.common.config import ConfigError
 from libs.common.errors import InvalidRequest
-from libs.engine.interface import EngineInfo, EngineKvEvent, Leg, PoolingTask
+from libs.engine.interface import (
+    EngineInfo,
+    EngineKvEvent,
+    EngineRequest,
+    Leg,
+    PoolingTask,
+)
 from libs.engine.vllm_engine import kv_stream
 from libs.engine.vllm_engine.device_turn import device_turn, lock_file
 from libs.engine.vllm_engine.port import OnOutputs, OverduePull, StepStats, Vllm
@@ -86,62 +92,24 @@ class _LoadedVllm(Vllm):
         internals.tap_outputs(self._llm, on_outputs)
         return internals.start_output_handler(self._llm)
 
-    async def add(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        from vllm import SamplingParams
+    async def add(self, vllm_id: str, request: EngineRequest, arguments: Mapping[str, Any]) -> None:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        constraint = arguments.get("structured_outputs")
+        params_of = _sampling_params if request.pooling is None else _pooling_params
         try:
-            if constraint is not None:
-                structured = StructuredOutputsParams(**constraint)
-                arguments = {**arguments, "structured_outputs": structured}
             await self._llm.add_request(
                 vllm_id,
-                tokens_input(list(prompt), cache_salt=cache_salt or None),
-                SamplingParams(
-                    detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **arguments
-                ),
-                priority=priority,
+                tokens_input(list(request.prompt), cache_salt=request.cache_salt or None),
+                params_of(arguments),
+                priority=request.priority,
             )
         except (VLLMClientError, ValueError, TypeError) as error:
-            param: str | None = getattr(error, "parameter", None)
-            if param is None and constraint is not None:
-                param = "constraint"
-            raise InvalidRequest(str(error), param=param) from error
-
-    async def add_pooling(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        from vllm import PoolingParams
-        from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
-
-        try:
-            await self._llm.add_request(
-                vllm_id,
-                tokens_input(list(prompt), cache_salt=cache_salt or None),
-                PoolingParams(**arguments),
-                priority=priority,
-            )
-        except (VLLMClientError, ValueError) as error:
-            param = "dimensions" if arguments["dimensions"] is not None else None
             # The name that it knows is a folder of this machine.
             name = f"Model {self._llm.model_config.served_model_name!r}"
-            raise InvalidRequest(str(error).replace(name, "The model"), param=param) from error
+            text = str(error).replace(name, "The model")
+            param = getattr(error, "parameter", None) or _suspect(request)
+            raise InvalidRequest(text, param=param) from error
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         await self._llm.abort(vllm_ids)
@@ -163,6 +131,28 @@ class _LoadedVllm(Vllm):
     async def close(self) -> None:
         await self._thread.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _sampling_params(arguments: Mapping[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    if (constraint := arguments.get("structured_outputs")) is not None:
+        arguments = {**arguments, "structured_outputs": StructuredOutputsParams(**constraint)}
+    return SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **arguments)
+
+
+def _pooling_params(arguments: Mapping[str, Any]) -> Any:
+    from vllm import PoolingParams
+
+    return PoolingParams(**arguments)
+
+
+def _suspect(request: EngineRequest) -> str | None:
+    """Which field a refusal that names none is about: what only vLLM can check."""
+    if request.pooling is not None:
+        return None if request.pooling.dimensions is None else "dimensions"
+    return None if request.sampling.constraint is None else "constraint"
 
 
 class _VllmThread:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libs.engine.interface import EngineInfo, EngineKvEvent
+from libs.engine.interface import EngineInfo, EngineKvEvent, EngineRequest
 
 OnOutputs = Callable[[Sequence[tuple[str, Any]], float], None]
 """Takes what one engine step produced: vLLM's EngineCoreOutput, each with the id that we gave its
@@ -49,29 +49,9 @@ class Vllm(ABC):
         is dead; vLLM owns it."""
 
     @abstractmethod
-    async def add(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        """Adds a request with these arguments, as `requests.sampling_arguments` has them.
-
-        Raises InvalidRequest for what vLLM does not accept.
-        """
-
-    @abstractmethod
-    async def add_pooling(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        """Adds a request to pool a prompt, as `requests.pooling_arguments` says.
+    async def add(self, vllm_id: str, request: EngineRequest, arguments: Mapping[str, Any]) -> None:
+        """Adds a request: its prompt, with arguments as `requests` has them, those of
+        PoolingParams where the request pools its prompt and else those of SamplingParams.
 
         Raises InvalidRequest for what vLLM does not accept.
         """

@@ -74,32 +74,12 @@ class FakeVllm(Vllm):
     async def _live(self) -> None:
         await self.dies.wait()
 
-    async def add(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
+    async def add(self, vllm_id: str, request: EngineRequest, arguments: Mapping[str, Any]) -> None:
         if vllm_id in self.rejects:
             raise InvalidRequest("no")
         self.arguments[vllm_id] = arguments
-        self.priorities[vllm_id] = priority
-        await self._hear("add", vllm_id)
-
-    async def add_pooling(
-        self,
-        vllm_id: str,
-        prompt: Sequence[int],
-        cache_salt: str,
-        priority: int,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        if vllm_id in self.rejects:
-            raise InvalidRequest("no")
-        self.arguments[vllm_id] = arguments
-        await self._hear("add pooling", vllm_id)
+        self.priorities[vllm_id] = request.priority
+        await self._hear("add" if request.pooling is None else "add pooling", vllm_id)
 
     async def abort(self, vllm_ids: Sequence[str]) -> None:
         await self._hear("abort", list(vllm_ids))
