@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import grpc
 
@@ -16,6 +16,7 @@ from services.frontend.chat_template import Chat
 from services.frontend.completion import Completion, running
 from services.frontend.core.logprobs import TokenLogprobs
 from services.frontend.embedding import MAX_INPUTS, floats_of
+from services.frontend.models import ServedModel
 from services.frontend.pipeline import (
     EmbeddingOptions,
     GenerationOptions,
@@ -44,28 +45,53 @@ _RANGES = {
 }
 
 
+_Request: TypeAlias = (
+    inference_pb2.GenerateRequest
+    | inference_pb2.EmbedRequest
+    | inference_pb2.TokenizeRequest
+    | inference_pb2.DetokenizeRequest
+)
+
+
+class _Origin(TypedDict):
+    """Where a call comes from and how long it may take, as the pipeline is told of it."""
+
+    caller: Caller
+    traceparent: str
+    accepted_at: float
+    deadline: float
+
+
 class InferenceServicer(InferenceServiceServicer):
     """Parses, runs, answers."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
 
-    async def Generate(  # type: ignore[override]
-        self,
-        request: inference_pb2.GenerateRequest,
-        context: grpc.aio.ServicerContext[
-            inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
-        ],
-    ) -> None:
-        with self._counted("generate", request.model):
-            await self._generate(request, context)
+    @contextmanager
+    def _running(
+        self, endpoint: str, request: _Request, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Iterator[tuple[ServedModel, _Origin]]:
+        """The model that a call is for, and where it comes from; while the body runs the call is
+        counted, has a place, and ends at its deadline.
 
-    def _times(self, context: grpc.aio.ServicerContext[Any, Any]) -> tuple[float, float]:
-        """When a call was accepted, and its deadline, in the event loop's time."""
+        Raises what `Pipeline.admitted` and `Pipeline.model_for` do, and Unauthenticated.
+        """
+        pipeline = self._pipeline
         accepted_at = asyncio.get_running_loop().time()
-        left_seconds = context.time_remaining()
-        limit_seconds = self._pipeline.settings.request_timeout_seconds
-        return accepted_at, accepted_at + min(limit_seconds, left_seconds or limit_seconds)
+        limit_seconds = pipeline.settings.request_timeout_seconds
+        left_seconds = context.time_remaining() or limit_seconds
+        deadline = accepted_at + min(limit_seconds, left_seconds)
+        with self._counted(endpoint, request.model):
+            caller = _caller(pipeline, context)
+            with pipeline.admitted(caller), Watch(deadline):
+                origin = _Origin(
+                    caller=caller,
+                    traceparent=_metadata(context, "traceparent"),
+                    accepted_at=accepted_at,
+                    deadline=deadline,
+                )
+                yield pipeline.model_for(caller, request.model), origin
 
     @contextmanager
     def _counted(self, endpoint: str, asked_model: str) -> Iterator[None]:
@@ -83,7 +109,7 @@ class InferenceServicer(InferenceServiceServicer):
             if status is grpc.StatusCode.CANCELLED:
                 metrics.disconnects.inc()
 
-    async def _generate(
+    async def Generate(  # type: ignore[override]
         self,
         request: inference_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[
@@ -91,37 +117,19 @@ class InferenceServicer(InferenceServiceServicer):
         ],
     ) -> None:
         pipeline = self._pipeline
-        caller = _caller(pipeline, context)
-        options = _options(request)
-        accepted_at, deadline = self._times(context)
-        with pipeline.admitted(caller), Watch(deadline):
-            model = pipeline.model_for(caller, request.model)
+        with self._running("generate", request, context) as (model, origin):
             model.check_generates()
+            options = _options(request)
             completion = pipeline.start(
                 new_request_id("gen"),
                 model,
                 await pipeline.tokenise(model, _prompt(request)),
                 options,
-                caller=caller,
-                traceparent=_traceparent(context),
                 routing=request.routing if request.HasField("routing") else None,
-                accepted_at=accepted_at,
-                deadline=deadline,
+                **origin,
             )
             with running(completion, pipeline.metrics):
-                is_first = True
-                while not completion.is_finished:
-                    response = inference_pb2.GenerateResponse(text=await completion.read())
-                    if request.HasField("logprobs"):
-                        _add_logprobs(response, completion, is_first=is_first)
-                    is_first = False
-                    if not completion.is_finished and response.ByteSize():
-                        await context.write(response)
-                response.finish_reason = completion.finish_reason
-                response.usage.prompt_tokens = completion.prompt_tokens
-                response.usage.completion_tokens = completion.completion_tokens
-                response.usage.cached_tokens = completion.cached_tokens
-                await context.write(response)
+                await _write(completion, request, context)
 
     async def Embed(
         self,
@@ -129,28 +137,21 @@ class InferenceServicer(InferenceServiceServicer):
         context: grpc.aio.ServicerContext[inference_pb2.EmbedRequest, inference_pb2.EmbedResponse],
     ) -> inference_pb2.EmbedResponse:
         pipeline = self._pipeline
-        with self._counted("embed", request.model):
-            caller = _caller(pipeline, context)
+        with self._running("embed", request, context) as (model, origin):
+            model.check_embeds()
             inputs, options = _inputs(request), _embedding_options(request)
-            accepted_at, deadline = self._times(context)
-            with pipeline.admitted(caller), Watch(deadline):
-                model = pipeline.model_for(caller, request.model)
-                model.check_embeds()
-                embedding = pipeline.start_embedding(
-                    new_request_id("embd"),
-                    model,
-                    await pipeline.tokenise_inputs(model, inputs, options),
-                    options,
-                    caller=caller,
-                    traceparent=_traceparent(context),
-                    routing=request.routing if request.HasField("routing") else None,
-                    accepted_at=accepted_at,
-                    deadline=deadline,
-                )
-                response = await _with_vectors(await embedding.run())
-                response.usage.prompt_tokens = embedding.prompt_tokens
-                response.usage.cached_tokens = embedding.cached_tokens
-                return response
+            embedding = pipeline.start_embedding(
+                new_request_id("embd"),
+                model,
+                await pipeline.tokenise_inputs(model, inputs, options),
+                options,
+                routing=request.routing if request.HasField("routing") else None,
+                **origin,
+            )
+            response = await _with_vectors(await embedding.run())
+            response.usage.prompt_tokens = embedding.prompt_tokens
+            response.usage.cached_tokens = embedding.cached_tokens
+            return response
 
     async def ListModels(
         self,
@@ -179,19 +180,15 @@ class InferenceServicer(InferenceServiceServicer):
             inference_pb2.TokenizeRequest, inference_pb2.TokenizeResponse
         ],
     ) -> inference_pb2.TokenizeResponse:
-        pipeline = self._pipeline
-        with self._counted("tokenize", request.model):
-            caller = _caller(pipeline, context)
-            with pipeline.admitted(caller):
-                model = pipeline.model_for(caller, request.model)
-                token_ids = await pipeline.tokenise(
-                    model,
-                    _prompt(request, begins_answer=not request.omit_answer_opening),
-                    adds_special_tokens=not request.omit_special_tokens,
-                )
-                return inference_pb2.TokenizeResponse(
-                    token_ids=token_ids, context_length_tokens=model.facts.context_length_tokens
-                )
+        with self._running("tokenize", request, context) as (model, _):
+            token_ids = await self._pipeline.tokenise(
+                model,
+                _prompt(request, begins_answer=not request.omit_answer_opening),
+                adds_special_tokens=not request.omit_special_tokens,
+            )
+            return inference_pb2.TokenizeResponse(
+                token_ids=token_ids, context_length_tokens=model.facts.context_length_tokens
+            )
 
     async def Detokenize(
         self,
@@ -200,13 +197,32 @@ class InferenceServicer(InferenceServiceServicer):
             inference_pb2.DetokenizeRequest, inference_pb2.DetokenizeResponse
         ],
     ) -> inference_pb2.DetokenizeResponse:
-        pipeline = self._pipeline
-        with self._counted("detokenize", request.model):
-            caller = _caller(pipeline, context)
-            with pipeline.admitted(caller):
-                model = pipeline.model_for(caller, request.model)
-                text = await pipeline.detokenise(model, list(request.token_ids))
-                return inference_pb2.DetokenizeResponse(text=text)
+        with self._running("detokenize", request, context) as (model, _):
+            text = await self._pipeline.detokenise(model, list(request.token_ids))
+            return inference_pb2.DetokenizeResponse(text=text)
+
+
+async def _write(
+    completion: Completion,
+    request: inference_pb2.GenerateRequest,
+    context: grpc.aio.ServicerContext[
+        inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
+    ],
+) -> None:
+    """Writes the answer as it comes; its last message says how it ended."""
+    is_first = True
+    while not completion.is_finished:
+        response = inference_pb2.GenerateResponse(text=await completion.read())
+        if request.HasField("logprobs"):
+            _add_logprobs(response, completion, is_first=is_first)
+        is_first = False
+        if not completion.is_finished and response.ByteSize():
+            await context.write(response)
+    response.finish_reason = completion.finish_reason
+    response.usage.prompt_tokens = completion.prompt_tokens
+    response.usage.completion_tokens = completion.completion_tokens
+    response.usage.cached_tokens = completion.cached_tokens
+    await context.write(response)
 
 
 def _prompt(
@@ -326,10 +342,6 @@ def _caller(pipeline: Pipeline, context: grpc.aio.ServicerContext[Any, Any]) -> 
     if pipeline.access.is_open:
         return ANYONE
     return pipeline.access.caller(_metadata(context, "authorization"))
-
-
-def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    return _metadata(context, "traceparent")
 
 
 def _metadata(context: grpc.aio.ServicerContext[Any, Any], wanted: str) -> str:
