@@ -1,8 +1,7 @@
-"""A model's own chat template, rendered in Jinja's sandbox as Hugging Face does."""
+"""A model's own chat template, rendered as Hugging Face's transformers does."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,12 +10,8 @@ from typing import Any
 import jinja2
 import orjson
 
-# transformers is used for its templates only; it need not say that there is no torch.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-from transformers.utils.chat_template_utils import _compile_jinja_template
-
 from libs.common.errors import InvalidRequest
+from services.frontend.template_language import compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +86,11 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        return _compiled(self._source)
+        return compiled(self._source)
 
     @cached_property
     def _tool_template(self) -> jinja2.Template:
-        return _compiled(self._tool_source)
-
-
-def _compiled(source: str) -> jinja2.Template:
-    """As transformers' render_jinja_template would use it, which looks it up at every call."""
-    template: jinja2.Template = _compile_jinja_template(source)
-    # Jinja copies them for each text, and a chain of maps takes as long as the rest.
-    template.globals = dict(template.globals)
-    return template
+        return compiled(self._tool_source)
 
 
 def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
