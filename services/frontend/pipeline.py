@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -399,8 +399,12 @@ class Pipeline:
 
 
 def new_request_id(prefix: str) -> str:
-    """A unique name for a request, such as chatcmpl-..."""
-    return f"{prefix}-{random.getrandbits(128):032x}"
+    """A unique name for a request, such as chatcmpl-...
+
+    It can't be guessed from others: who knows a response's reads the conversation, where responses
+    are kept and no API keys are asked for.
+    """
+    return f"{prefix}-{secrets.token_hex(16)}"
 
 
 async def _near_or_far(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -20,7 +21,7 @@ from services.frontend.openai.errors import ApiError
 from services.frontend.openai.exchange import exchange_of
 from services.frontend.openai.generation import GenerationResponse
 from services.frontend.openai.responses import ResponsesDialect
-from services.frontend.openai.responses_body import ResponsesBody
+from services.frontend.openai.responses_body import ResponsesBody, StoredResponsesBody
 from services.frontend.openai.routing_headers import routing_options
 from services.frontend.openai.schema import ChatBody, CompletionBody, checked, parse
 from services.frontend.openai.shortcut import Endpoint
@@ -74,9 +75,22 @@ class EngineEndpoints:
     async def _kept_responses(self, request: Request) -> Response:
         assert self._kept is not None
         fields = await self._bodies.json_of(request)
-        response = await self._kept.begin(fields, exchange_of(request.scope).caller.tenant)
-        chat = response.body.chat()
-        return self._generation(request, chat, [chat.chat()], response.dialect, response.keep)
+        neutral, ignored = responses_body.NEUTRAL_WITH_STORE, responses_body.IGNORED
+        asked = checked(StoredResponsesBody, fields, neutral=neutral, ignored=ignored)
+        caller = exchange_of(request.scope).caller
+        with ExitStack() as place:
+            # What goes on with a response reads it: not for who is over their limits.
+            place.enter_context(self._pipeline.admitted(caller))
+            response = await self._kept.begin(asked, caller.tenant)
+            chat = response.body.chat()
+            return self._generation(
+                request,
+                chat,
+                [chat.chat()],
+                response.dialect,
+                before_end=response.keep,
+                place=place.pop_all(),
+            )
 
     async def _messages(self, request: Request) -> Response:
         fields = await self._bodies.json_of(request)
@@ -108,7 +122,9 @@ class EngineEndpoints:
         body: ChatBody | CompletionBody,
         prompts: Sequence[Prompt],
         dialect: Dialect,
+        *,
         before_end: Callable[[], Awaitable[None]] | None = None,
+        place: ExitStack | None = None,
     ) -> Response:
         return GenerationResponse(
             self._pipeline,
@@ -117,6 +133,7 @@ class EngineEndpoints:
             dialect,
             routing=routing_options(exchange_of(request.scope).headers),
             before_end=before_end,
+            place=place,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,8 +49,10 @@ class GenerationResponse(Response):
         *,
         routing: routing_pb2.RoutingOptions | None,
         before_end: Callable[[], Awaitable[None]] | None = None,
+        place: AbstractContextManager[object] | None = None,
     ) -> None:
-        """`before_end` runs once the answer is complete, before its end is written."""
+        """`before_end` runs once the answer is complete, before its end is written. `place` is what
+        the pipeline admitted the request to; None when it is still to be asked."""
         self.background = None
         self._pipeline = pipeline
         self._body = body
@@ -59,6 +61,7 @@ class GenerationResponse(Response):
         self._answer_id = new_request_id(dialect.id_prefix)
         self._routing = routing
         self._before_end = before_end
+        self._place = place
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +91,7 @@ class GenerationResponse(Response):
         exchange = exchange_of(scope)
         caller = exchange.caller
         with (
-            pipeline.admitted(caller),
+            self._place or pipeline.admitted(caller),
             ExitStack() as completions_running,
             Watch(deadline, exchange.connection),
         ):

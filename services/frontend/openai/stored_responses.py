@@ -18,14 +18,11 @@ from libs.common.errors import InvalidRequest, ResponsesUnavailable
 from services.frontend.openai.errors import ApiError
 from services.frontend.openai.responses import ResponsesDialect
 from services.frontend.openai.responses_body import (
-    IGNORED,
-    NEUTRAL_WITH_STORE,
     Item,
     ResponsesBody,
     StoredResponsesBody,
     items_of,
 )
-from services.frontend.openai.schema import checked
 from services.frontend.response_store import ResponseStore
 
 log = logs.get(__name__)
@@ -83,13 +80,12 @@ class StoredResponses:
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
 
-    async def begin(self, fields: object, tenant: str) -> StoredResponse:
+    async def begin(self, asked: StoredResponsesBody, tenant: str) -> StoredResponse:
         """A response to a body. Who asks for it to be kept hears before any work is spent when it
         can't be; who says nothing about it gets an answer all the same.
 
         Raises ApiError, InvalidRequest for what is too large to be kept, and ResponsesUnavailable.
         """
-        asked = checked(StoredResponsesBody, fields, neutral=NEUTRAL_WITH_STORE, ignored=IGNORED)
         body: ResponsesBody = asked
         if asked.previous_response_id is not None:
             earlier = await self._conversation(tenant, asked.previous_response_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from libs.common.errors import InvalidRequest
 from libs.common.hashing import sequence_hashes
+from services.frontend.pipeline import new_request_id
 from tests.fixtures.eventually import until
 from tests.services.frontend import byte_model
 from tests.services.frontend.byte_model import BLOCK_TOKENS, NAME, card, tokens
@@ -28,6 +30,14 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     *events, last = response.text.removesuffix("\n\n").split("\n\n")
     assert last == "data: [DONE]"
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_an_id_does_not_follow_from_others() -> None:
+    drawn = []
+    for _ in range(2):
+        random.seed(1)
+        drawn.append(new_request_id("resp"))
+    assert drawn[0] != drawn[1]
 
 
 async def test_a_whole_chat_answer_has_text_usage_and_headers(tmp_path: Path) -> None:

@@ -274,6 +274,22 @@ async def test_while_the_store_is_away_only_what_needs_it_is_refused(
         assert (await ask(one.client, previous_response_id=made, store=True)).status_code == 200
 
 
+async def test_who_is_over_a_limit_is_refused_before_the_store_is_asked(
+    jetstream_server: ServerProcess, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    write(keys, stored(), stored(OTHER, "other", requests_per_minute=1))
+    async with frontends(tmp_path, jetstream_server, Prompts(), api_keys=str(keys)) as [one]:
+        one.client.headers.update(bearer(OTHER))
+        jetstream_server.stop()
+        asked = await ask(one.client, previous_response_id=UNKNOWN)
+        assert asked.status_code == 503
+        refused = await ask(one.client, previous_response_id=UNKNOWN)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["type"] == "requests"
+        assert one.metric("in_flight_requests") == 0
+
+
 async def test_a_store_that_goes_away_while_a_response_is_made_costs_no_answer(
     jetstream_server: ServerProcess, tmp_path: Path
 ) -> None:
