@@ -209,15 +209,15 @@ class Indexer:
         self._degraded = None
 
     def _ask_if_wanted(self, followed: _Followed) -> None:
-        if not followed.is_queued and followed.follower.wanted is not None:
+        if not followed.is_queued and self._wanted(followed) is not None:
             followed.is_queued = True
             self._wanting.put_nowait(followed)
 
     async def _recover_wanting(self) -> None:
         while True:
             followed = await self._wanting.get()
-            reason = followed.follower.wanted
-            if reason is None or not self._is_current(followed):
+            reason = self._wanted(followed)
+            if reason is None:
                 followed.is_queued = False
                 continue
             trace = tracing.begin_own("recover")
@@ -228,7 +228,7 @@ class Indexer:
                     {
                         "switchgear.instance_id": f"{followed.worker.instance:016x}",
                         "switchgear.reason": reason.value,
-                        "switchgear.is_in_step": followed.follower.wanted is None,
+                        "switchgear.is_in_step": self._wanted(followed) is None,
                     }
                 )
             self._ask_again_later(followed)
@@ -247,7 +247,7 @@ class Indexer:
                     self._changed(followed)
                 # They may be many: answers go between.
                 await asyncio.sleep(0)
-        return followed.follower.applied > applied or followed.follower.wanted is None
+        return followed.follower.applied > applied or self._wanted(followed) is None
 
     async def _recover_by_snapshot(
         self, followed: _Followed, reason: RecoveryReason, trace: Span | None
@@ -261,7 +261,7 @@ class Indexer:
     def _ask_again_later(self, followed: _Followed) -> None:
         """The next recovery of a worker waits a little, and longer each time while still in need
         of one, so that no worker is asked all the time."""
-        if followed.follower.wanted is None:
+        if self._wanted(followed) is None:
             followed.retry_seconds = FIRST_RETRY_SECONDS
 
         def ask() -> None:
@@ -270,6 +270,10 @@ class Indexer:
 
         asyncio.get_running_loop().call_later(followed.retry_seconds, ask)
         followed.retry_seconds = min(2 * followed.retry_seconds, MAX_RETRY_SECONDS)
+
+    def _wanted(self, followed: _Followed) -> RecoveryReason | None:
+        """Why a recovery is wanted; None for a worker that has left, too."""
+        return followed.follower.wanted if self._is_current(followed) else None
 
     def _is_current(self, followed: _Followed) -> bool:
         return self._followed.get(followed.worker.instance) is followed

@@ -382,6 +382,32 @@ async def test_few_workers_are_asked_at_once() -> None:
     assert sorted(asked) == [1, 2, 3, 4, 5]
 
 
+async def test_a_worker_may_leave_while_it_is_asked() -> None:
+    async def fetch(worker: Worker) -> KvSnapshot:
+        if worker.instance == 1:
+            # In step by what it says itself; then it is gone.
+            indexer.take(
+                kv_events_pb2.KvEventBatch(
+                    instance_id=1, model=MODEL, block_size_tokens=BLOCK_SIZE_TOKENS, epoch=1
+                )
+            )
+            indexer.set_workers({2: Worker(2, "", MODEL, BLOCK_SIZE_TOKENS)})
+        return KvSnapshot(1, 1, [worker.instance])
+
+    indexer = Indexer(
+        index=BlockIndex(1 << 30),
+        fetch_snapshot=fetch,
+        fetch_batches=partial(fetch_batches, timeout_seconds=5),
+        events_connection=lambda: 1,
+        silent_after_seconds=60,
+        recoveries_at_once=1,
+    )
+    indexer.set_workers({1: Worker(1, "", MODEL, BLOCK_SIZE_TOKENS)})
+    async with background(indexer.run()):
+        await until(lambda: indexer.index.blocks == 1)
+    assert indexer.index.held(2) == {2}
+
+
 def test_only_live_workers_that_publish_kv_events_are_followed() -> None:
     instances = [
         discovery_pb2.Instance(instance_id=number, address=f"host:{number}") for number in (1, 2)
