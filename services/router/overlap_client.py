@@ -99,8 +99,9 @@ class OverlapClient:
         request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
         listed = {(indexer.address, indexer.instance_id) for indexer in self._indexers.values()}
         for gone in self._links.keys() - listed:
-            self._failed_at.pop(gone, None)
             await self._links.pop(gone).close()
+        for gone in self._failed_at.keys() - listed:
+            del self._failed_at[gone]
         loop = asyncio.get_running_loop()
         # One that is stuck takes all the time there is: it comes last next time.
         ordered = sorted(listed, key=lambda indexer: self._failed_at.get(indexer, 0.0))
