@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import grpc
 
 from libs.common.credentials import CertificateFiles, FollowedCertificates, Pem
+from libs.common.grpc_errors import typed
 from libs.common.grpc_server import CHANNEL_OPTIONS
-from libs.common.identity import certificate_name
+from libs.common.identity import WORKER, certificate_name
+from libs.common.mistrust import FailedConnections, Mistrust, Problem
+
+_SERVERS = ("router", "kv_indexer", WORKER)
+"""Who is called by services."""
 
 
 class Channels:
@@ -19,6 +27,7 @@ class Channels:
     def __init__(self, certificates: CertificateFiles | None = None) -> None:
         """Raises ValueError naming a file that can't be used."""
         self._certificates = FollowedCertificates(certificates) if certificates else None
+        self._failed = FailedConnections(certificates, _SERVERS) if certificates else None
 
     @property
     def version(self) -> int:
@@ -38,6 +47,31 @@ class Channels:
         return grpc.aio.secure_channel(
             address, _credentials(pem), options=[*options, _expecting(component)]
         )
+
+    @asynccontextmanager
+    async def calling(self, address: str, component: str) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel for the calls in the body, whose grpc errors become ours."""
+        async with self.open(address, component) as channel:
+            with typed():
+                try:
+                    yield channel
+                except grpc.aio.AioRpcError as error:
+                    self.failed(address, component, error)
+                    raise
+
+    def failed(
+        self, address: str, component: str, error: grpc.aio.AioRpcError | None = None
+    ) -> None:
+        """To be told of a channel that does not connect, with what a call on it raised if there was
+        one: with TLS it is looked into whether a certificate is the reason. Returns at once."""
+        if self._failed is None:
+            return
+        code = grpc.StatusCode.UNAVAILABLE if error is None else error.code()
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self._failed.look_into(component, address, certificate_name(component))
+        elif error is not None and code is grpc.StatusCode.PERMISSION_DENIED:
+            refusal = Mistrust(Problem.OWN_NAME, error.details() or "")
+            self._failed.found(component, address, refusal)
 
 
 def open_blocking(

@@ -13,7 +13,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, Self, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import aetcd
 from google.protobuf import json_format
@@ -23,6 +23,7 @@ from libs.common import logs
 from libs.common.credentials import ServerAccess
 from libs.common.errors import NoLiveInstance
 from libs.common.etcd_client import EtcdClient, as_refusal
+from libs.common.mistrust import FailedConnections
 from libs.common.tasks import background
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -137,6 +138,14 @@ class Discovery:
         self._access = access or ServerAccess()
         self._root = f"/switchgear/v1/{namespace}/"
         self._silence = _Silence()
+        url = urlsplit(etcd_url)
+        self._host = url.hostname or "127.0.0.1"
+        self._address = f"{self._host}:{url.port or 2379}"
+        self._failed = (
+            FailedConnections(self._access.certificates, ["etcd"])
+            if url.scheme == "https"
+            else None
+        )
 
     async def check_access(self) -> None:
         """Raises CredentialsRefused when etcd does not let us in. An etcd that is away may come
@@ -146,10 +155,14 @@ class Discovery:
                 await client.get(self._root.encode())
         except _FAILURES as error:
             if (refusal := as_refusal(self._url, error)) is not None:
+                if self._failed is not None:
+                    await self._failed.look("etcd", self._address, self._host)
                 raise refusal from error
             self._report(error)
 
     def _report(self, error: Exception) -> None:
+        if self._failed is not None:
+            self._failed.look_into("etcd", self._address, self._host)
         if (refusal := as_refusal(self._url, error)) is not None:
             log.error("etcd refuses", error=str(refusal))
         else:

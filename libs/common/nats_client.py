@@ -14,6 +14,7 @@ from nats.errors import Error
 from libs.common import logs
 from libs.common.credentials import ServerAccess
 from libs.common.errors import CredentialsRefused
+from libs.common.mistrust import FailedConnections, mistrust_of
 from libs.common.tasks import background
 
 log = logs.get(__name__)
@@ -103,7 +104,11 @@ async def connecting(
         if not first_answer.done():
             first_answer.set_result(refusal)
 
+    failed = FailedConnections(access.certificates, ["nats"])
+
     async def on_error(error: Exception) -> None:
+        if isinstance(error, ssl.SSLError):
+            failed.found("nats", url, mistrust_of(error, access.certificates))
         refusal = _as_refusal(url, error)
         if refusal is None:
             level = logging.DEBUG if first_answer.done() else logging.WARNING

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from libs.common import grpc_errors, logs
+from libs.common import logs
 from libs.common.channels import Channels
 from libs.common.errors import NoLiveInstance, SwitchgearError
 from libs.common.identity import WORKER
@@ -63,16 +63,14 @@ async def _fetch(channels: Channels, address: str, model: str) -> dict[str, byte
     """Raises SwitchgearError."""
     files: dict[str, bytearray] = {}
     left_bytes = MAX_FILES_BYTES
-    async with channels.open(address, WORKER) as channel:
-        stub = WorkerServiceStub(channel)
-        with grpc_errors.typed():
-            async for piece in stub.GetModelFiles(
-                worker_pb2.GetModelFilesRequest(model=model), timeout=FETCH_SECONDS
-            ):
-                left_bytes -= len(piece.data)
-                if left_bytes < 0:
-                    raise NoLiveInstance(f"files of {model} exceed {MAX_FILES_BYTES} bytes")
-                files.setdefault(piece.name, bytearray()).extend(piece.data)
+    async with channels.calling(address, WORKER) as channel:
+        async for piece in WorkerServiceStub(channel).GetModelFiles(
+            worker_pb2.GetModelFilesRequest(model=model), timeout=FETCH_SECONDS
+        ):
+            left_bytes -= len(piece.data)
+            if left_bytes < 0:
+                raise NoLiveInstance(f"files of {model} exceed {MAX_FILES_BYTES} bytes")
+            files.setdefault(piece.name, bytearray()).extend(piece.data)
     return {name: bytes(data) for name, data in files.items()}
 
 

@@ -337,8 +337,10 @@ class _RouterSession:
                 log.info("router session ended", router=self._router.name)
             except TimeoutError:
                 log.warning("router not reached", router=self._router.name)
+                self._channels.failed(self._router.address, "router")
             except grpc.aio.AioRpcError as error:
                 log.warning("router session broke", router=self._router.name, error=error.details())
+                self._channels.failed(self._router.address, "router", error)
             except (ProtocolViolation, DecodeError) as error:
                 log.error("router broke the protocol", router=self._router.name, error=str(error))
             if self.is_listed:

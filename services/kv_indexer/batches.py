@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
-from libs.common import grpc_errors
 from libs.common.channels import Channels
 from libs.common.errors import WorkerLost
 from libs.common.identity import WORKER
@@ -30,12 +29,11 @@ async def fetch_batches(
         last_sequence_number=wanted.last,
     )
     batches: list[KvBatch] = []
-    with grpc_errors.typed():
-        async with (channels or Channels()).open(worker.address, WORKER) as channel:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            async for piece in stub.GetKvBatches(request, timeout=timeout_seconds):
-                for data in piece.batches:
-                    batches.append(_read(worker, wanted, wanted.first + len(batches), data))
+    async with (channels or Channels()).calling(worker.address, WORKER) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        async for piece in stub.GetKvBatches(request, timeout=timeout_seconds):
+            for data in piece.batches:
+                batches.append(_read(worker, wanted, wanted.first + len(batches), data))
     if len(batches) != wanted.last - wanted.first + 1:
         raise WorkerLost(f"{worker.address} sent {len(batches)} batches of {wanted}")
     return batches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from libs.common import grpc_errors
 from libs.common.channels import Channels
 from libs.common.errors import WorkerLost
 from libs.common.identity import WORKER
@@ -37,23 +36,22 @@ async def fetch_snapshot(
     is_empty = True
     hashes: list[SequenceHash] = []
     chains: list[ChainStart] = []
-    with grpc_errors.typed():
-        async with (channels or Channels()).open(worker.address, WORKER) as channel:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            pieces = stub.GetKvSnapshot(worker_pb2.GetKvSnapshotRequest(), timeout=timeout_seconds)
-            async for piece in pieces:
-                if (piece.instance_id, piece.model, piece.block_size_tokens) != (
-                    worker.instance,
-                    worker.model,
-                    worker.block_size_tokens,
-                ):
-                    raise WorkerLost(f"{worker.address} is not {worker} but {piece.instance_id:x}")
-                is_empty = False
-                epoch, sequence_number = piece.epoch, piece.sequence_number
-                if piece.blocks.tier == kv_events_pb2.TIER_DEVICE:
-                    starts = chains_of(piece.blocks) or ((0, None),)
-                    chains += [(len(hashes) + start, before) for start, before in starts]
-                    hashes += piece.blocks.sequence_hashes
+    async with (channels or Channels()).calling(worker.address, WORKER) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        pieces = stub.GetKvSnapshot(worker_pb2.GetKvSnapshotRequest(), timeout=timeout_seconds)
+        async for piece in pieces:
+            if (piece.instance_id, piece.model, piece.block_size_tokens) != (
+                worker.instance,
+                worker.model,
+                worker.block_size_tokens,
+            ):
+                raise WorkerLost(f"{worker.address} is not {worker} but {piece.instance_id:x}")
+            is_empty = False
+            epoch, sequence_number = piece.epoch, piece.sequence_number
+            if piece.blocks.tier == kv_events_pb2.TIER_DEVICE:
+                starts = chains_of(piece.blocks) or ((0, None),)
+                chains += [(len(hashes) + start, before) for start, before in starts]
+                hashes += piece.blocks.sequence_hashes
     if is_empty:
         raise WorkerLost(f"{worker.address} ended a snapshot before its first message")
     return KvSnapshot(epoch, sequence_number, hashes, chains)

@@ -95,6 +95,7 @@ class Member:
                             status=error.code().name,
                             details=error.details(),
                         )
+                    self._channels.failed(self.address, WORKER, error)
                 self._is_connected = self.worker.is_available = False
                 self.was_tried.set()
                 if not self.is_listed:

@@ -118,6 +118,7 @@ class OverlapClient:
                         answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
+                        self._opening.failed(address, "kv_indexer", error)
                         if link.certificate_version != self._opening.version:
                             await self._links.pop(indexer).close()
                     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aetcd
 import pytest
+from structlog.testing import capture_logs
 
 from deploy.local import certificates, etcd_accounts, topology
 from deploy.local.cluster import LocalCluster
@@ -102,6 +103,26 @@ async def test_a_start_is_told_that_etcd_does_not_let_it_in(servers: Servers, wr
         await discovery.check_access()
     with pytest.raises(CredentialsRefused):
         await discovery.read("instances/", discovery_pb2.Instance)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"), [(another_ca, "peer_untrusted"), (no_certificate, "own_refused")]
+)
+async def test_a_wrong_certificate_at_etcd_is_told_in_one_line(
+    servers: Servers, wrong: Wrong, problem: str
+) -> None:
+    with capture_logs() as logs, pytest.raises(CredentialsRefused):
+        await servers.discovery(wrong(servers, "etcd")).check_access()
+    [line] = [log for log in logs if log["event"] == "connection not trusted"]
+    assert (line["peer"], line["problem"]) == ("etcd", problem)
+
+
+async def test_another_ca_at_nats_is_told_in_one_line(servers: Servers) -> None:
+    with capture_logs() as logs, pytest.raises(CredentialsRefused):
+        async with connecting(servers.url("nats"), "test", another_ca(servers, "nats")):
+            pass
+    [line] = [log for log in logs if log["event"] == "connection not trusted"]
+    assert (line["peer"], line["problem"]) == ("nats", "peer_untrusted")
 
 
 async def test_a_user_of_etcd_sees_switchgears_keys_only(servers: Servers) -> None:
