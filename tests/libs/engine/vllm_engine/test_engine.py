@@ -118,6 +118,7 @@ class Recording:
         self.steps: asyncio.Queue[Step] = asyncio.Queue()
         self.events: asyncio.Queue[Sequence[EngineKvEvent]] = asyncio.Queue()
         self.failures: asyncio.Queue[BaseException] = asyncio.Queue()
+        self.load_changes = 0
 
     def step(self, step: Step) -> None:
         self.steps.put_nowait(step)
@@ -126,7 +127,7 @@ class Recording:
         self.events.put_nowait(events)
 
     def load_changed(self) -> None:
-        pass
+        self.load_changes += 1
 
     def failed(self, error: BaseException) -> None:
         self.failures.put_nowait(error)
@@ -400,6 +401,11 @@ async def test_load_is_the_last_steps_plus_what_was_submitted_since(decode: Benc
     load = decode.engine.load()
     assert (load.running_requests, load.waiting_requests) == (1, 2)
     assert (load.active_kv_blocks, load.total_kv_blocks) == (25, 100)
+
+
+async def test_what_vllm_counts_after_a_step_is_told_as_a_changed_load(decode: Bench) -> None:
+    decode.vllm.stats.on_change()
+    assert decode.sink.load_changes == 1
 
 
 async def test_a_prefill_leg_ends_in_a_session_that_outlasts_no_lease(prefill: Bench) -> None:
