@@ -39,10 +39,11 @@ ROWS = {
     "8x3": Row(workers=8, speed_up=3),
     "16x4-shared": Row(workers=16, speed_up=4, system_prompt_tokens=8_192),
     "2+6x2": Row(workers=6, speed_up=2, prefill_workers=2),
+    "4+4x2": Row(workers=4, speed_up=2, prefill_workers=4),
     "conversations-8x2": Row(workers=8, speed_up=2, trace=CONVERSATIONS),
     "azure-4x8": Row(workers=4, speed_up=8, trace=AZURE),
 }
-"""8x3 is more than the workers can serve."""
+"""8x3 is more than the workers can serve, 4+4x2 all that they can."""
 
 POLICIES = {"kv": "kv_router", "round-robin": "round_robin", "least-load": None}
 """Ours, and what Dynamo calls its like."""

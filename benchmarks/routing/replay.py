@@ -6,6 +6,7 @@ the services pass over the wire, when it would arrive:
 
     a request is decided on at its arrival, with the loads and the index as known then
     once a prefill worker has computed a prompt its decode worker is chosen, and pulls in no time
+    while no decode worker has room a request is held back, and tried again with each load
     a worker's load comes with the message of every step, and takes over what was booked before
     its KV events are gathered for a while, as workers do, before the index has them
 """
@@ -35,6 +36,7 @@ from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
 from services.kv_indexer.core.index import BlockIndex
 from services.router.core.decision import Decision, Policy, Prompt, Request, decide
+from services.router.core.held import LEASE_PART, HeldRequests
 from services.router.core.predicted_overlap import PredictedOverlap
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
@@ -60,6 +62,8 @@ class Terms:
     """Between a change of a worker's cache and the index knowing it."""
     kv_lease_seconds: float = 30.0
     """How long a prefill worker keeps a prompt's KV: our workers' default."""
+    max_held_seconds: float = 20.0
+    """How long a request is held back for room: our router's default."""
     seed: int = 0
 
 
@@ -68,11 +72,11 @@ class Outcome:
     """What became of one request."""
 
     arrival: Arrival
-    worker: InstanceId
-    """That produces its tokens."""
-    prefill_worker: InstanceId | None
+    worker: InstanceId | None = None
+    """That produces its tokens; None when it never got to one."""
+    prefill_worker: InstanceId | None = None
     """That computes its prompt, unless `worker` does."""
-    predicted_cached_tokens: int
+    predicted_cached_tokens: int = 0
     """As the router knew when it decided."""
     cached_tokens: int = 0
     """As the engine found when it began."""
@@ -102,14 +106,17 @@ class _Engine:
     bookings: deque[Booking] = field(default_factory=deque)
 
 
-@dataclass(frozen=True, slots=True)
-class _Handover:
-    """What follows on a prefill leg."""
+@dataclass(slots=True)
+class _Routed:
+    """A request that is not with its decode worker yet."""
 
     request: Request
     overlaps: Mapping[InstanceId, int]
     """As the index knew at its arrival."""
     prompt: Sequence[int]
+    kv_session: KvSession | None = None
+    """Once a prefill worker has computed the prompt."""
+    kv_expires_at: float = 0.0
 
 
 class Replay:
@@ -131,8 +138,9 @@ class Replay:
         self._order = 0
         self._hashes: dict[RequestKey, list[int]] = {}
         """Of the prompts in progress."""
-        self._handovers: dict[RequestKey, _Handover] = {}
-        """Of the prompts that prefill workers compute."""
+        self._routed: dict[RequestKey, _Routed] = {}
+        """Until they are with their decode workers."""
+        self._held: HeldRequests[RequestKey] = HeldRequests()
         self._keepers: dict[str, _Engine] = {}
         """Who has a prompt's KV, by session id."""
         self.outcomes: list[Outcome] = []
@@ -202,28 +210,64 @@ class Replay:
             for instance, blocks in self._index.overlap(MODEL, size, hashes).items()
         }
         request = Request(model=MODEL, prompt_tokens=len(prompt), block_size_tokens=size)
-        decision = self._decide(request, overlaps, hashes)
         key = RequestKey(len(self.outcomes))
-        first = decision.prefill or decision.decode
-        outcome = Outcome(
-            arrival,
-            decision.decode.worker.instance_id,
-            None if decision.prefill is None else decision.prefill.worker.instance_id,
-            first.overlap_blocks * size,
-        )
-        self.outcomes.append(outcome)
-        engine = self._engines[first.worker.instance_id - 1]
-        if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:
-            outcome.is_refused = True
-            return
+        self.outcomes.append(Outcome(arrival))
         self._hashes[key] = hashes
+        self._routed[key] = _Routed(request, overlaps, prompt)
+        self._route(key, now)
+
+    def _route(self, key: RequestKey, now: float, *, may_hold: bool = True) -> bool:
+        """Decides on a request, and sends it on its next leg; False when it is held back."""
+        routed, outcome = self._routed[key], self.outcomes[key]
+        decision = self._decide(routed.request, routed.overlaps, self._hashes[key])
+        if may_hold and not decision.has_room:
+            if key in self._held:
+                return False
+            new_tokens = routed.request.prompt_tokens - self._terms.block_size_tokens * max(
+                one.overlap_blocks for one in decision.decode_candidates
+            )
+            if self._held.add(key, outcome.arrival.at_seconds, new_tokens):
+                longest = self._terms.max_held_seconds
+                if routed.kv_session is not None:
+                    longest = min(longest, LEASE_PART * (routed.kv_expires_at - now))
+                self._at(now + longest, lambda now: self._hold_no_longer(key, now))
+                return False
+        self._held.remove(key)
+        first = decision.prefill or decision.decode
+        instance = first.worker.instance_id
+        leg = Leg.WHOLE
         if decision.prefill is not None:
-            self._handovers[key] = _Handover(request, overlaps, prompt)
+            leg = Leg.PREFILL
+            outcome.prefill_worker = instance
+        else:
+            del self._routed[key]
+            outcome.worker = instance
+            if routed.kv_session is not None:
+                leg = Leg.DECODE
+                left = routed.kv_expires_at - now
+                routed.kv_session = replace(routed.kv_session, time_to_live_seconds=left)
+        engine = self._engines[instance - 1]
+        if leg is not Leg.DECODE:
+            outcome.predicted_cached_tokens = first.overlap_blocks * self._terms.block_size_tokens
+            if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:
+                outcome.is_refused = True
+                self._routed.pop(key, None)
+                del self._hashes[key]
+                return True
         engine.worker.book(first.booking)
         engine.bookings.append(first.booking)
-        self._submit(
-            engine, key, prompt, now, Leg.WHOLE if decision.prefill is None else Leg.PREFILL
-        )
+        self._submit(engine, key, routed.prompt, now, leg, routed.kv_session)
+        return True
+
+    def _hold_no_longer(self, key: RequestKey, now: float) -> None:
+        if key in self._held:
+            self._route(key, now, may_hold=False)
+
+    def _fill(self, worker: Worker, now: float) -> None:
+        """Sends what is held back and has room now that a worker has told its load."""
+        free_tokens = worker.free_kv_tokens
+        for key in self._held.fitting(free_tokens) if free_tokens > 0 else ():
+            self._route(key, now)
 
     def _decide(
         self, request: Request, indexed: Mapping[InstanceId, int], hashes: Sequence[int]
@@ -291,7 +335,7 @@ class Replay:
         for start in step.starts:
             outcome = self.outcomes[start.key]
             outcome.first_token_at = now
-            if start.key not in self._handovers:
+            if outcome.prefill_worker is None:
                 outcome.cached_tokens = start.cached_tokens
         for prefilled in step.prefilled:
             self._hand_over(engine, prefilled, now)
@@ -299,8 +343,9 @@ class Replay:
             assert finish.error is None, finish.error
             self.outcomes[finish.key].last_token_at = now
             self._predicted.ended(engine.worker.instance_id, self._hashes.pop(finish.key))
-            self._handovers.pop(finish.key, None)
         self._tell_load(engine)
+        if engine.worker.role is Role.DECODE and self._held:
+            self._fill(engine.worker, now)
         if events := engine.scheduler.take_events():
             instance = engine.worker.instance_id
             self._at(
@@ -314,16 +359,13 @@ class Replay:
         self.outcomes[key].cached_tokens = prefilled.cached_tokens
         self._predicted.ended(engine.worker.instance_id, self._hashes[key])
         self._keepers[session.session_id] = engine
-        to = self._handovers[key]
-        request = replace(
-            to.request, prompt=Prompt.COMPUTED, transfer_backend=session.transfer_backend
+        routed = self._routed[key]
+        routed.kv_session = session
+        routed.kv_expires_at = now + session.time_to_live_seconds
+        routed.request = replace(
+            routed.request, prompt=Prompt.COMPUTED, transfer_backend=session.transfer_backend
         )
-        chosen = self._decide(request, to.overlaps, self._hashes[key]).decode
-        self.outcomes[key].worker = chosen.worker.instance_id
-        decode = self._engines[chosen.worker.instance_id - 1]
-        decode.worker.book(chosen.booking)
-        decode.bookings.append(chosen.booking)
-        self._submit(decode, key, to.prompt, now, Leg.DECODE, session)
+        self._route(key, now)
 
     def _tell_load(self, engine: _Engine) -> None:
         load = engine.scheduler.load()

@@ -26,6 +26,7 @@ _WHY_WON = {
     router_pb2.PICK_TIE: "by lot among the lowest",
     router_pb2.PICK_DRAWN: "drawn by temperature",
     router_pb2.PICK_PINNED: "pinned by the request",
+    router_pb2.PICK_ROOM: "cheapest with room",
 }
 _TERMS: Mapping[str, Callable[[router_pb2.Candidate], int]] = {
     "blocks held": lambda it: it.overlap_blocks,

@@ -28,6 +28,7 @@ _PICKS = {
     Pick.TIE: router_pb2.PICK_TIE,
     Pick.DRAWN: router_pb2.PICK_DRAWN,
     Pick.PINNED: router_pb2.PICK_PINNED,
+    Pick.ROOM: router_pb2.PICK_ROOM,
 }
 
 

@@ -170,6 +170,13 @@ class Candidates(Sequence[Candidate]):
             )
         ]
 
+    def has_room(self, position: int) -> bool:
+        """Whether the KV would fit there now, beside all that the worker holds and that waits there
+        for room. Nobody has more room than an idle worker."""
+        worker = self.workers[position]
+        ahead = self.decode_tokens[position] + worker.load.queued_prefill_tokens
+        return ahead <= worker.kv_room_tokens or not worker.requests
+
     def at(self, position: int) -> Candidate:
         """The candidate at a position of `workers`."""
         worker = self.workers[position]

@@ -4,6 +4,10 @@ Filters come first (model, role, availability, excluded workers), then the polic
 in tokens of work so that a person can check them by hand (policies/by_cost.py has the formula of
 the default), then pins. The lowest cost wins, equal costs by lot; with a temperature workers are
 drawn with odds by cost.
+
+A decode worker with room for the request's KV goes before cheaper ones without, under the policy
+kv. When nobody has room the request had better be held back (held.py) than wait at a worker, where
+nothing that fits can overtake it.
 """
 
 from __future__ import annotations
@@ -87,6 +91,8 @@ class Pick(Enum):
     """With odds by cost."""
     PINNED = "pinned"
     """The request named it."""
+    ROOM = "room"
+    """There were cheaper ones, which had no room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +130,9 @@ class Decision(NamedTuple):
     decode_pick: Pick
     whole_pick: Pick
     prefill_pick: Pick | None = None
+    has_room: bool = True
+    """Whether the decode worker has room for the KV now; nobody has if not. True where that is not
+    looked at: with a prefill worker, a pinned decode worker or another policy than kv."""
 
 
 def decide(
@@ -164,7 +173,21 @@ def decide(
         if (drawn := _draw(request, prefills, policy, random)) is None:
             handover = Handover.NO_PREFILL_WORKER
     if handover is not Handover.REMOTE or drawn is None:
-        return Decision(local, None, whole, (), handover, local, whole, local_pick, local_pick)
+        decode, decode_pick, has_room = local, local_pick, True
+        if policy.decode_policy == KV and local_pick is not Pick.PINNED:
+            decode, decode_pick, has_room = _with_room(local, local_pick, whole)
+        return Decision(
+            decode,
+            None,
+            whole,
+            (),
+            handover,
+            local,
+            whole,
+            decode_pick,
+            local_pick,
+            has_room=has_room,
+        )
     prefill, prefill_pick = drawn
     backend = prefill.worker.transfer_backend
     pullers = [w for w in decoders if w.transfer_backend == backend]
@@ -235,6 +258,19 @@ def _weighed(
     name = policy.decode_policy if candidates.is_decoding else policy.prefill_policy
     candidates.costs = POLICIES[name](candidates, policy, random)
     return candidates
+
+
+def _with_room(
+    chosen: Candidate, pick: Pick, candidates: Candidates
+) -> tuple[Candidate, Pick, bool]:
+    """In place of a chosen worker that has no room the cheapest one that has, and whether there is
+    any."""
+    if candidates.has_room(candidates.workers.index(chosen.worker)):
+        return chosen, pick, True
+    roomy = [n for n in range(len(candidates.workers)) if candidates.has_room(n)]
+    if not roomy:
+        return chosen, pick, False
+    return candidates.at(min(roomy, key=candidates.costs.__getitem__)), Pick.ROOM, True
 
 
 def _draw(

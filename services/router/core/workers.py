@@ -120,6 +120,13 @@ class Worker:
             self.kv_room_tokens = load.total_kv_blocks * self.block_size_tokens
         self._add_up()
 
+    @property
+    def free_kv_tokens(self) -> int:
+        """Room for KV that nothing takes: neither what it holds, nor what is on its way or waits
+        there."""
+        used = self.active_kv_blocks * self.block_size_tokens
+        return self.kv_room_tokens - used - self._load.queued_prefill_tokens
+
     def book(self, booking: Booking) -> None:
         """Adds work that the load does not include yet."""
         self.booked_requests += 1

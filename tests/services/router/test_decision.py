@@ -243,3 +243,54 @@ def test_the_winner_is_the_cheapest_by_the_formula(
     assert decision.decode.cost == min(costs.values())
     assert costs[decision.decode.worker.instance_id] == decision.decode.cost
     assert [c.cost for c in decision.decode_candidates] == sorted(costs.values())
+
+
+def full(number: int, **load: int) -> Worker:
+    made = worker(number)
+    made.load = Load(running_requests=1, total_kv_blocks=100, **load)
+    return made
+
+
+def test_a_dearer_worker_with_room_goes_before_a_cheaper_one_without() -> None:
+    holder, roomy = full(1, active_kv_blocks=97), full(2, active_kv_blocks=88)
+    decision = decide(SHORT, [holder, roomy], {InstanceId(1): 6}, Policy(), Random(0))
+    assert decision is not None
+    assert decision.decode.cost > decision.decode_candidates[0].cost
+    assert (decision.decode.worker, decision.decode_pick) == (roomy, Pick.ROOM)
+    assert decision.whole.worker is holder
+
+
+def test_prompts_that_wait_at_a_worker_take_its_room() -> None:
+    workers = [full(1, active_kv_blocks=80, queued_prefill_tokens=100)]
+    fits = decide(SHORT, workers, {}, POLICY, Random(0))
+    assert fits is not None
+    assert fits.has_room
+    workers[0].load = workers[0].load._replace(queued_prefill_tokens=101)
+    decision = decide(SHORT, workers, {}, POLICY, Random(0))
+    assert decision is not None
+    assert not decision.has_room
+    assert workers[0].free_kv_tokens == 99
+
+
+def test_room_is_not_asked_of_an_idle_or_a_pinned_worker_or_for_another_policy() -> None:
+    idle = worker(1)
+    idle.load = Load(total_kv_blocks=5)
+    assert _has_room(SHORT, [idle], POLICY)
+    busy = [full(1, active_kv_blocks=100)]
+    assert not _has_room(SHORT, busy, POLICY)
+    assert _has_room(replace(SHORT, pinned={Role.DECODE: InstanceId(1)}), busy, POLICY)
+    assert _has_room(SHORT, busy, replace(POLICY, decode_policy="least-load"))
+
+
+def _has_room(request: Request, workers: list[Worker], policy: Policy) -> bool:
+    decision = decide(request, workers, {}, policy, Random(0))
+    assert decision is not None
+    return decision.has_room
+
+
+def test_room_is_asked_once_a_prefill_worker_has_computed_the_prompt_and_not_before() -> None:
+    workers = [worker(1, Role.PREFILL), full(2, active_kv_blocks=100)]
+    workers[1].transfer_backend = "nixl"
+    assert _has_room(LONG, workers, POLICY)
+    later = replace(LONG, prompt=Prompt.COMPUTED, transfer_backend="nixl")
+    assert not _has_room(later, workers, POLICY)

@@ -91,7 +91,7 @@ weights = st.floats(0, 5)
     st.tuples(weights, weights, weights, weights),
     st.integers(0, 99),
 )
-def test_kv_takes_the_cheapest_by_the_formula(
+def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
     fleet: list[tuple[int, int, int, int]],
     prompt_tokens: int,
     held: dict[int, int],
@@ -101,6 +101,7 @@ def test_kv_takes_the_cheapest_by_the_formula(
     prefill, decode, stall, overflow = prices
     workers = []
     expected = {}
+    roomy = []
     overlaps: dict[InstanceId, int] = {}
     for number, (queued, active, running, total) in enumerate(fleet, start=1):
         workers.append(worker(number, queued=queued, active=active, running=running, total=total))
@@ -113,13 +114,18 @@ def test_kv_takes_the_cheapest_by_the_formula(
         expected[number] += 128 * running
         if total:
             expected[number] += overflow * max(0, kv - total * SIZE)
+        if not total or not running or kv + queued <= total * SIZE:
+            roomy.append(number)
     policy = Policy(
         prefill_weight=prefill, decode_weight=decode, stall_weight=stall, overflow_weight=overflow
     )
     request = Request(model="m", prompt_tokens=prompt_tokens, block_size_tokens=SIZE)
     decision = decided(workers, overlaps, policy, request, seed)
     assert costs(decision) == pytest.approx(expected)
-    assert decision.decode.cost == min(one.cost for one in decision.decode_candidates)
+    assert decision.has_room == bool(roomy)
+    assert decision.decode.cost == pytest.approx(
+        min(expected[number] for number in roomy or expected)
+    )
     assert [one.cost for one in decision.decode_candidates] == sorted(costs(decision).values())
 
 
