@@ -223,10 +223,9 @@ class Replay:
         if may_hold and not decision.has_room:
             if key in self._held:
                 return False
-            new_tokens = routed.request.prompt_tokens - self._terms.block_size_tokens * max(
-                one.overlap_blocks for one in decision.decode_candidates
-            )
-            if self._held.add(key, outcome.arrival.at_seconds, new_tokens):
+            tokens = outcome.arrival.prompt_tokens
+            held_tokens = decision.decode_candidates.held_tokens()
+            if self._held.add(key, outcome.arrival.at_seconds, tokens, held_tokens):
                 longest = self._terms.max_held_seconds
                 if routed.kv_session is not None:
                     longest = min(longest, LEASE_PART * (routed.kv_expires_at - now))
@@ -265,8 +264,7 @@ class Replay:
 
     def _fill(self, worker: Worker, now: float) -> None:
         """Sends what is held back and has room now that a worker has told its load."""
-        free_tokens = worker.free_kv_tokens
-        for key in self._held.fitting(free_tokens) if free_tokens > 0 else ():
+        for key in self._held.fitting({worker.instance_id: worker.free_kv_tokens}):
             self._route(key, now)
 
     def _decide(

@@ -70,6 +70,10 @@ class RouterSettings(ServiceSettings):
     prefill_timeout_seconds: float = Field(default=30.0, gt=0)
     """Longest wait for a prefill worker before the decode worker computes the prompt itself."""
 
+    max_held_seconds: float = Field(default=20.0, ge=0)
+    """Longest wait in the router for room at a decode worker; then a request waits there. 0: never
+    in the router."""
+
     overlap_timeout_seconds: float = Field(default=0.1, gt=0)
     """Longest wait for a KV indexer before a request is routed by load alone."""
 

@@ -19,6 +19,7 @@ from services.router.fleet import Fleet
 from services.router.live_settings import LiveSettings
 from services.router.overlap_client import OverlapClient, query_of
 from services.router.routing_options import Wishes, wishes_of
+from services.router.waiting_room import WaitingRoom
 from switchgear.router.v1 import router_pb2
 
 
@@ -47,6 +48,7 @@ class Decider:
         self._log = decision_log
         self._random = random
         self._loop = asyncio.get_running_loop()
+        self.waiting_room = WaitingRoom(fleet)
         self._known = KnownOverlap()
         self._sessions = Sessions(ttl_seconds=settings.start.session_ttl_seconds)
 

@@ -2,10 +2,10 @@
 
 A request is routed (its overlap is asked for), prefilled (a prefill worker computes its prompt),
 then decoding (a decode worker, chosen once the KV is there, has it, and its outputs pass through
-undecoded). Whatever goes wrong
-with the prefill leg, the decode worker computes the prompt itself. What goes wrong before a decode
-worker took the request is tried on another one; what goes wrong later is the frontend's to migrate,
-which has the tokens.
+undecoded). Before that it is held while no decode worker has room for it, for some time. Whatever
+goes wrong with the prefill leg, the decode worker computes the prompt itself. What goes wrong
+before a decode worker took the request is tried on another one; what goes wrong later is the
+frontend's to migrate, which has the tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from services.router import request_trace
 from services.router.config import RouterSettings
 from services.router.core.decision import Candidate, Prompt
 from services.router.core.decision_log import Record
+from services.router.core.held import LEASE_PART
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 from services.router.decider import Decider, Found
 from services.router.fleet import Member
@@ -87,12 +88,14 @@ class _Request:
     """A request that has not ended."""
 
     __slots__ = (
+        "arrived_at",
         "deadline",
         "excluded",
         "found",
         "generation",
         "handle",
         "has_started",
+        "hold_timer",
         "kv_expires_at",
         "kv_session",
         "link",
@@ -101,6 +104,7 @@ class _Request:
         "prefill_cached_tokens",
         "prefill_timer",
         "record",
+        "retry",
         "routing",
         "trace",
         "wishes",
@@ -108,6 +112,7 @@ class _Request:
 
     def __init__(self, submit: router_pb2.Submit, now: float) -> None:
         self.handle: Handle = submit.handle
+        self.arrived_at = now
         self.routing = submit.routing
         self.generation: bytes = submit.generation
         self.deadline: float | None = None
@@ -131,6 +136,9 @@ class _Request:
         """In the event loop's seconds."""
         self.prefill_timer: asyncio.TimerHandle | None = None
         self.prefill_cached_tokens = 0
+        self.retry: Callable[[], None] | None = None
+        """What it is held by; None when it is not."""
+        self.hold_timer: asyncio.TimerHandle | None = None
         self.kv_session: generation_pb2.KvSessionRef | None = None
         self.kv_expires_at = 0.0
         """End of `kv_session`, in the event loop's seconds."""
@@ -272,16 +280,63 @@ class Relay:
                     self._fail(request, InternalError("internal error"))
 
     def _dispatch(self, request: _Request) -> None:
-        """Decides and sends the request on its first leg."""
+        """Finds out what the request wishes, and sends it on its way."""
         try:
             request.wishes = self._decider.wishes(request.routing)
         except SwitchgearError as error:
             self._fail(request, error)
             return
-        record = self._decide(request, Prompt.OPEN)
+        self._proceed(request)
+
+    def _proceed(self, request: _Request, *, may_hold: bool = True) -> None:
+        """Decides and sends the request on its next leg, or holds it while no decode worker has
+        room for it."""
+        is_computed = request.kv_session is not None
+        record = self._decide(request, Prompt.COMPUTED if is_computed else Prompt.OPEN)
         if record is None:
+            self._trace_decision(request, None)
             self._fail(request, self._nobody(request))
+        elif may_hold and not record.decision.has_room and self._hold(request, record):
             return
+        elif is_computed:
+            self._hold_no_longer(request)
+            self._trace_decision(request, record)
+            request.record.hand_over(record)
+            self._decode(request, record.decision.decode)
+        else:
+            self._hold_no_longer(request)
+            self._begin(request, record)
+
+    def _hold(self, request: _Request, record: Record) -> bool:
+        """Whether it is to wait here."""
+        if request.retry is not None:
+            return True
+        now = self._loop.time()
+        seconds = self._settings.max_held_seconds
+        if request.deadline is not None:
+            seconds = min(seconds, (request.deadline - now) / 2)
+        if request.kv_session is not None:
+            seconds = min(seconds, (request.kv_expires_at - now) * LEASE_PART)
+        retry = partial(self._proceed, request)
+        if seconds <= 0 or not self._decider.waiting_room.add(retry, record, request.arrived_at):
+            return False
+        request.retry = retry
+        request.hold_timer = self._loop.call_later(
+            seconds, partial(self._proceed, request, may_hold=False)
+        )
+        return True
+
+    def _hold_no_longer(self, request: _Request) -> None:
+        if request.retry is not None:
+            self._decider.waiting_room.remove(request.retry, request.routing.model)
+            request.retry = None
+        if request.hold_timer is not None:
+            request.hold_timer.cancel()
+            request.hold_timer = None
+
+    def _begin(self, request: _Request, record: Record) -> None:
+        """Sends the request on its first leg."""
+        self._trace_decision(request, record)
         self._keep(request, record)
         decision = record.decision
         PROMPT_TOKENS.inc(request.routing.prompt_tokens)
@@ -307,7 +362,7 @@ class Relay:
 
     def _decide(self, request: _Request, prompt: Prompt) -> Record | None:
         session = request.kv_session
-        record = self._decider.decide(
+        return self._decider.decide(
             request.routing,
             request.found,
             request.wishes,
@@ -315,9 +370,11 @@ class Relay:
             prompt=prompt,
             transfer_backend="" if session is None else session.transfer_backend,
         )
+
+    @staticmethod
+    def _trace_decision(request: _Request, record: Record | None) -> None:
         if request.trace is not None:
             request.trace.decided(record)
-        return record
 
     def _keep(self, request: _Request, record: Record) -> None:
         request.record = record
@@ -475,12 +532,7 @@ class Relay:
         record.prefill_cached_tokens = prefilled.cached_tokens
         if record.decision.prefill is not None:
             self._check.computed(record, record.decision.prefill, prefilled.cached_tokens)
-        later = self._decide(request, Prompt.COMPUTED)
-        if later is None:
-            self._fail(request, self._nobody(request))
-        else:
-            record.hand_over(later)
-            self._decode(request, later.decision.decode)
+        self._proceed(request)
 
     def _started(self, link: WorkerLink, start: outputs_pb2.SequenceStart) -> None:
         """The decode worker has the prompt's KV: what it had of it, and what it pulled."""
@@ -519,6 +571,7 @@ class Relay:
         """Chooses a decode worker when a leg failed. Without one the request fails."""
         prompt = Prompt.LOCAL if request.kv_session is None else Prompt.COMPUTED
         record = self._decide(request, prompt)
+        self._trace_decision(request, record)
         if record is None:
             self._fail(request, otherwise)
         else:
@@ -563,6 +616,12 @@ class Relay:
             request.trace = None
         self._leave(request)
         self._stop_prefill_timer(request)
+        if request.retry is not None and request.prefill is not None:
+            # Nobody pulls the KV that waits for it.
+            keeper = self._links.get(request.prefill.instance_id)
+            if keeper is not None:
+                keeper.cancel(request.handle)
+        self._hold_no_longer(request)
 
     @staticmethod
     def _stop_prefill_timer(request: _Request) -> None:

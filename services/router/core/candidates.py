@@ -177,6 +177,14 @@ class Candidates(Sequence[Candidate]):
         ahead = self.decode_tokens[position] + worker.load.queued_prefill_tokens
         return ahead <= worker.kv_room_tokens or not worker.requests
 
+    def held_tokens(self) -> dict[InstanceId, int]:
+        """What of the prompt's KV each worker holds; those that hold none are left out."""
+        return {
+            worker.instance_id: blocks * worker.block_size_tokens
+            for worker, blocks in zip(self.workers, self.overlap_blocks, strict=True)
+            if blocks
+        }
+
     def at(self, position: int) -> Candidate:
         """The candidate at a position of `workers`."""
         worker = self.workers[position]

@@ -121,7 +121,7 @@ class Decision(NamedTuple):
     """With a prefill worker, who would get it now: it is decided again when the KV is there."""
     prefill: Candidate | None
     """None when the decode worker computes the prompt."""
-    decode_candidates: Sequence[Candidate]
+    decode_candidates: Candidates
     prefill_candidates: Sequence[Candidate]
     handover: Handover
     whole: Candidate

@@ -8,8 +8,10 @@ case: its worker then makes room for it.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Generic, NamedTuple, TypeVar
+
+from services.router.core.workers import InstanceId
 
 MAX_REQUESTS = 1_024
 """Held at once. More are sent to wait at a worker, which has its own bound."""
@@ -23,8 +25,11 @@ Key = TypeVar("Key", bound=Hashable)
 class _Entry(NamedTuple, Generic[Key]):
     arrived_at: float
     number: int
-    tokens: int
     key: Key
+    tokens: int
+    held_tokens: Mapping[InstanceId, int]
+    least_tokens: int
+    """That any worker has to find room for."""
 
 
 class HeldRequests(Generic[Key]):
@@ -36,14 +41,18 @@ class HeldRequests(Generic[Key]):
         self._by_key: dict[Key, _Entry[Key]] = {}
         self._added = 0
 
-    def add(self, key: Key, arrived_at: float, tokens: int) -> bool:
-        """Holds a request that arrived at a time, and whose KV takes so many tokens where most of
-        it is held; False when too many are held. A key is held once."""
+    def add(
+        self, key: Key, arrived_at: float, tokens: int, held_tokens: Mapping[InstanceId, int]
+    ) -> bool:
+        """Holds a request that arrived at a time and whose KV is so many tokens, some of which
+        workers hold; False when too many requests are held. A key is held once."""
         assert key not in self._by_key
         if len(self._entries) >= self._max_requests:
             return False
         self._added += 1
-        entry = self._by_key[key] = _Entry(arrived_at, self._added, tokens, key)
+        least_tokens = tokens - max(held_tokens.values(), default=0)
+        entry = _Entry(arrived_at, self._added, key, tokens, held_tokens, least_tokens)
+        self._by_key[key] = entry
         insort(self._entries, entry)
         return True
 
@@ -53,9 +62,18 @@ class HeldRequests(Generic[Key]):
         if entry is not None:
             self._entries.remove(entry)
 
-    def fitting(self, free_tokens: int) -> list[Key]:
-        """Those that may fit into so much room, in order of arrival."""
-        return [entry.key for entry in self._entries if entry.tokens <= free_tokens]
+    def fitting(self, free_tokens: Mapping[InstanceId, int]) -> list[Key]:
+        """Those for which any of some workers has room, each by itself, in order of arrival."""
+        most = max(free_tokens.values(), default=-1)
+        return [
+            entry.key
+            for entry in self._entries
+            if entry.least_tokens <= most
+            and any(
+                entry.tokens - entry.held_tokens.get(instance, 0) <= free
+                for instance, free in free_tokens.items()
+            )
+        ]
 
     def __contains__(self, key: Key) -> bool:
         return key in self._by_key

@@ -220,6 +220,11 @@ class Session:
             )
         )
 
+    async def cancel(self, handle: int) -> None:
+        await self.call.write(
+            router_pb2.SessionRequest(cancels=[handle], consumed_responses=self._received)
+        )
+
     async def read(self) -> None:
         """Takes one message in and gives credit for it."""
         async with asyncio.timeout(10):

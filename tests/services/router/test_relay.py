@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from libs.common import grpc_errors, hashing
 from libs.common.discovery import new_instance_id
@@ -195,6 +196,80 @@ async def test_a_decode_worker_that_vanishes_while_the_prompt_is_computed_is_not
     routed, said = await _while_its_prompt_is_computed(stand, lambda worker: worker.die())
     assert (routed.prefill_worker.name, routed.decode_worker.name) == ("p", "d1")
     assert [c.worker.name for c in said.decode.candidates] == ["d1"]
+
+
+# Room for 64 blocks: one request of 40 is in progress, and another of 40 does not fit beside it.
+SMALL = SimSettings(timing="fixed", step_ms=5, kv_cache_tokens=1024)
+LARGE_PROMPT = list(range(640))
+
+
+async def _beside_a_large_request(stand: Stand) -> Session:
+    """A session with request 1 in progress at the small worker `d`, and 2 held back."""
+    session = Session(stand)
+    await session.open()
+    await session.submit(1, LARGE_PROMPT, 300)
+    await session.read_until(lambda: bool(session.tokens.get(1)))
+    await session.submit(2, [5] * 640, 3)
+    await until(lambda: _held() == 1)
+    return session
+
+
+def _held() -> float:
+    return REGISTRY.get_sample_value("switchgear_router_held_requests") or 0.0
+
+
+async def test_a_request_without_room_is_held_and_overtaken_by_one_that_fits(stand: Stand) -> None:
+    worker = await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    await session.submit(3, [1, 2, 3], 3)
+    await session.read_until(lambda: 3 in session.finished)
+    assert 1 not in session.finished
+    assert worker.engine.load().waiting_requests == 0
+    await session.read_until(lambda: 2 in session.finished)
+    assert 1 in session.finished
+    assert len(session.tokens[2]) == 3
+    assert _held() == 0
+    session.call.cancel()
+
+
+async def test_a_held_request_that_is_cancelled_or_whose_frontend_leaves_is_forgotten(
+    stand: Stand,
+) -> None:
+    worker = await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    await session.cancel(2)
+    await until(lambda: _held() == 0)
+    await session.submit(3, [6] * 640, 3)
+    await until(lambda: _held() == 1)
+    session.call.cancel()
+    await until(lambda: _held() == 0)
+    await until(worker.host.idle.is_set)
+
+
+async def test_who_is_held_for_long_waits_at_a_worker() -> None:
+    async with standing(max_held_seconds=HELD_SECONDS) as stand:
+        worker = await stand.add(DECODE, "d", SMALL)
+        session = await _beside_a_large_request(stand)
+        await until(lambda: worker.engine.load().waiting_requests == 1)
+        assert _held() == 0
+        await session.read_until(lambda: 2 in session.finished)
+        session.call.cancel()
+
+
+async def test_a_computed_prompt_without_room_is_held_and_its_kv_freed_when_cancelled(
+    stand: Stand,
+) -> None:
+    prefill = await stand.add(PREFILL, "p")
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    assert prefill.engine.load().active_kv_blocks == 40
+    await session.cancel(2)
+    await until(lambda: prefill.engine.load().active_kv_blocks == 0)
+    await session.submit(3, [6] * 640, 3)
+    await session.read_until(lambda: 3 in session.finished)
+    assert session.routed[3].prefill_worker.name == "p"
+    assert (len(session.tokens[3]), _held()) == (3, 0)
+    session.call.cancel()
 
 
 async def test_a_lost_decode_worker_is_reported_for_migration(stand: Stand) -> None:

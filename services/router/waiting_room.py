@@ -1,0 +1,76 @@
+"""Where requests wait for room at a decode worker, those of all frontends together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+
+from prometheus_client import Gauge
+
+from services.router.core.decision_log import Record
+from services.router.core.held import HeldRequests
+from services.router.core.workers import Role
+from services.router.fleet import Fleet
+
+LOOK_SECONDS = 0.01
+"""Between two looks at who fits: about a step of an engine, with which its load comes."""
+
+HELD = Gauge(
+    "switchgear_router_held_requests", "Requests held back since no decode worker has room for them"
+)
+
+Retry = Callable[[], None]
+"""Decides on a request again, and takes it out if it could be sent."""
+
+
+class WaitingRoom:
+    """Requests by what is to be done when a worker may have room for them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._held: defaultdict[str, HeldRequests[Retry]] = defaultdict(HeldRequests)
+        """By model; none is empty."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, retry: Retry, record: Record, arrived_at: float) -> bool:
+        """Holds a request for which a decision has found no room; False when too many are held. A
+        retry that is held already stays."""
+        held = self._held[record.model]
+        if retry in held:
+            return True
+        held_tokens = record.decision.decode_candidates.held_tokens()
+        if not held.add(retry, arrived_at, record.prompt_tokens, held_tokens):
+            return False
+        HELD.inc()
+        self._look_later()
+        return True
+
+    def remove(self, retry: Retry, model: str) -> None:
+        """It was sent, or is over. Others are ignored."""
+        held = self._held.get(model)
+        if held is None or retry not in held:
+            return
+        held.remove(retry)
+        HELD.dec()
+        if not held:
+            del self._held[model]
+
+    def _look_later(self) -> None:
+        if self._timer is None and self._held:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        try:
+            for model, held in list(self._held.items()):
+                free_tokens = {
+                    worker.instance_id: worker.free_kv_tokens
+                    for worker in self._fleet.workers
+                    if worker.is_available and worker.role is Role.DECODE and worker.model == model
+                }
+                for retry in held.fitting(free_tokens):
+                    retry()
+        finally:
+            self._look_later()
