@@ -35,7 +35,7 @@ from libs.engine.sim.core.scheduler import TRANSFER_BACKEND, Scheduler, Schedule
 from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
 from services.kv_indexer.core.index import BlockIndex
-from services.router.core.decision import Decision, Policy, Prompt, Request, decide
+from services.router.core.decision import Candidate, Decision, Policy, Prompt, Request, decide
 from services.router.core.held import LEASE_PART, HeldRequests
 from services.router.core.predicted_overlap import PredictedOverlap
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
@@ -64,6 +64,10 @@ class Terms:
     """How long a prefill worker keeps a prompt's KV: our workers' default."""
     max_held_seconds: float = 20.0
     """How long a request is held back for room: our router's default."""
+    routers: int = 1
+    """Requests go to them in turn. They know nothing of each other."""
+    load_lag_seconds: float = 0.0
+    """Between a worker's load and a router knowing it."""
     seed: int = 0
 
 
@@ -98,12 +102,41 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Engine:
-    """One worker, as itself and as the router sees it."""
+    """One worker."""
 
+    instance: InstanceId
+    role: Role
     scheduler: Scheduler
-    worker: Worker
     is_stepping: bool = False
-    bookings: deque[Booking] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A worker as a router sees it."""
+
+    worker: Worker
+    bookings: deque[tuple[int, Booking]] = field(default_factory=deque)
+    """By number, until the worker's load has them."""
+    sent: int = 0
+    """Requests, of all time."""
+
+    def tell(self, load: Load, taken: int) -> None:
+        """The worker's load, which has so many of what was sent in it."""
+        self.worker.load = load
+        while self.bookings and self.bookings[0][0] <= taken:
+            self.worker.unbook(self.bookings.popleft()[1])
+
+
+class _Router:
+    """What one router knows."""
+
+    def __init__(self, seen: list[_Seen], seed: int) -> None:
+        self.seen = seen
+        """In the order of the engines."""
+        self.workers = [one.worker for one in seen]
+        self.random = Random(seed)
+        self.predicted = PredictedOverlap()
+        self.held: HeldRequests[RequestKey] = HeldRequests()
 
 
 @dataclass(slots=True)
@@ -114,6 +147,7 @@ class _Routed:
     overlaps: Mapping[InstanceId, int]
     """As the index knew at its arrival."""
     prompt: Sequence[int]
+    held_until: float = 0.0
     kv_session: KvSession | None = None
     """Once a prefill worker has computed the prompt."""
     kv_expires_at: float = 0.0
@@ -126,21 +160,21 @@ class Replay:
         self._arrivals = arrivals
         self._policy = policy
         self._terms = terms
-        self._random = Random(terms.seed)
-        self._predicted = PredictedOverlap()
         self._index = BlockIndex(max_bytes=1 << 30)
         self._engines = [
             self._engine(number, Role.DECODE if number < terms.workers else Role.PREFILL)
             for number in range(terms.workers + terms.prefill_workers)
         ]
-        self._workers = [engine.worker for engine in self._engines]
+        self._routers = [
+            _Router([_Seen(self._worker(engine)) for engine in self._engines], terms.seed + number)
+            for number in range(terms.routers)
+        ]
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = 0
         self._hashes: dict[RequestKey, list[int]] = {}
         """Of the prompts in progress."""
         self._routed: dict[RequestKey, _Routed] = {}
         """Until they are with their decode workers."""
-        self._held: HeldRequests[RequestKey] = HeldRequests()
         self._keepers: dict[str, _Engine] = {}
         """Who has a prompt's KV, by session id."""
         self.outcomes: list[Outcome] = []
@@ -148,16 +182,7 @@ class Replay:
     def _engine(self, number: int, role: Role) -> _Engine:
         terms = self._terms
         instance = InstanceId(number + 1)
-        worker = Worker(
-            instance_id=instance,
-            name=f"{role.value}-{number}",
-            role=role,
-            model=MODEL,
-            block_size_tokens=terms.block_size_tokens,
-            transfer_backend=TRANSFER_BACKEND,
-        )
-        worker.load = Load(total_kv_blocks=terms.kv_blocks)
-        worker.is_available = True
+        name = f"{role.value}-{number}"
         self._index.add(instance, MODEL, terms.block_size_tokens)
         limits = SchedulerLimits(
             block_size_tokens=terms.block_size_tokens,
@@ -173,10 +198,26 @@ class Replay:
             limits,
             terms.timing,
             TokenSource(vocabulary),
-            engine_id=worker.name,
-            endpoints=(worker.name,),
+            engine_id=name,
+            endpoints=(name,),
         )
-        return _Engine(scheduler, worker)
+        return _Engine(instance, role, scheduler)
+
+    def _worker(self, engine: _Engine) -> Worker:
+        worker = Worker(
+            instance_id=engine.instance,
+            name=engine.scheduler.endpoints[0],
+            role=engine.role,
+            model=MODEL,
+            block_size_tokens=self._terms.block_size_tokens,
+            transfer_backend=TRANSFER_BACKEND,
+        )
+        worker.load = Load(total_kv_blocks=self._terms.kv_blocks)
+        worker.is_available = True
+        return worker
+
+    def _router(self, key: RequestKey) -> _Router:
+        return self._routers[key % len(self._routers)]
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
         """Until everything has ended. `progress` is told now and then how many have arrived."""
@@ -216,64 +257,64 @@ class Replay:
         self._routed[key] = _Routed(request, overlaps, prompt)
         self._route(key, now)
 
-    def _route(self, key: RequestKey, now: float, *, may_hold: bool = True) -> bool:
-        """Decides on a request, and sends it on its next leg; False when it is held back."""
-        routed, outcome = self._routed[key], self.outcomes[key]
-        decision = self._decide(routed.request, routed.overlaps, self._hashes[key])
-        if may_hold and not decision.has_room:
-            if key in self._held:
-                return False
-            tokens = outcome.arrival.prompt_tokens
-            held_tokens = decision.decode_candidates.held_tokens()
-            if self._held.add(key, outcome.arrival.at_seconds, tokens, held_tokens):
-                longest = self._terms.max_held_seconds
-                if routed.kv_session is not None:
-                    longest = min(longest, LEASE_PART * (routed.kv_expires_at - now))
-                self._at(now + longest, lambda now: self._hold_no_longer(key, now))
-                return False
-        self._held.remove(key)
-        first = decision.prefill or decision.decode
-        instance = first.worker.instance_id
-        leg = Leg.WHOLE
-        if decision.prefill is not None:
-            leg = Leg.PREFILL
-            outcome.prefill_worker = instance
-        else:
+    def _route(self, key: RequestKey, now: float, *, may_hold: bool = True) -> None:
+        """Decides on a request, and sends it on its next leg or holds it back."""
+        routed, router = self._routed[key], self._router(key)
+        decision = self._decide(router, routed, self._hashes[key])
+        is_to_wait = may_hold and not decision.has_room
+        if is_to_wait and (key in router.held or self._hold(key, decision, now)):
+            return
+        router.held.remove(key)
+        if decision.prefill is None:
+            self.outcomes[key].worker = decision.decode.worker.instance_id
+            leg = Leg.WHOLE if routed.kv_session is None else Leg.DECODE
+            self._send(key, decision.decode, leg, now)
             del self._routed[key]
-            outcome.worker = instance
-            if routed.kv_session is not None:
-                leg = Leg.DECODE
-                left = routed.kv_expires_at - now
-                routed.kv_session = replace(routed.kv_session, time_to_live_seconds=left)
-        engine = self._engines[instance - 1]
-        if leg is not Leg.DECODE:
-            outcome.predicted_cached_tokens = first.overlap_blocks * self._terms.block_size_tokens
-            if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:
-                outcome.is_refused = True
-                self._routed.pop(key, None)
-                del self._hashes[key]
-                return True
-        engine.worker.book(first.booking)
-        engine.bookings.append(first.booking)
-        self._submit(engine, key, routed.prompt, now, leg, routed.kv_session)
+        else:
+            self.outcomes[key].prefill_worker = decision.prefill.worker.instance_id
+            self._send(key, decision.prefill, Leg.PREFILL, now)
+
+    def _hold(self, key: RequestKey, decision: Decision, now: float) -> bool:
+        routed, arrival = self._routed[key], self.outcomes[key].arrival
+        held_tokens = decision.decode_candidates.held_tokens()
+        held = self._router(key).held
+        if not held.add(key, arrival.at_seconds, arrival.prompt_tokens, held_tokens):
+            return False
+        longest = self._terms.max_held_seconds
+        if routed.kv_session is not None:
+            longest = min(longest, LEASE_PART * (routed.kv_expires_at - now))
+        routed.held_until = now + longest
+        self._at(routed.held_until, lambda now: self._hold_no_longer(key, now))
         return True
 
     def _hold_no_longer(self, key: RequestKey, now: float) -> None:
-        if key in self._held:
+        # It may have been sent meanwhile, and be held again for its next leg.
+        if key in self._router(key).held and now >= self._routed[key].held_until:
             self._route(key, now, may_hold=False)
 
-    def _fill(self, worker: Worker, now: float) -> None:
-        """Sends what is held back and has room now that a worker has told its load."""
-        for key in self._held.fitting({worker.instance_id: worker.free_kv_tokens}):
-            self._route(key, now)
+    def _send(self, key: RequestKey, chosen: Candidate, leg: Leg, now: float) -> None:
+        outcome, routed = self.outcomes[key], self._routed[key]
+        engine = self._engines[chosen.worker.instance_id - 1]
+        session = routed.kv_session
+        if session is None:
+            outcome.predicted_cached_tokens = chosen.overlap_blocks * self._terms.block_size_tokens
+            if engine.scheduler.load().waiting_requests >= self._terms.max_waiting_requests:
+                outcome.is_refused = True
+                del self._hashes[key]
+                return
+        else:
+            session = replace(session, time_to_live_seconds=routed.kv_expires_at - now)
+        seen = self._router(key).seen[engine.instance - 1]
+        seen.worker.book(chosen.booking)
+        seen.sent += 1
+        seen.bookings.append((seen.sent, chosen.booking))
+        self._submit(engine, key, routed.prompt, now, leg, session)
 
-    def _decide(
-        self, request: Request, indexed: Mapping[InstanceId, int], hashes: Sequence[int]
-    ) -> Decision:
-        overlaps = self._predicted.overlap(hashes)
-        for held, blocks in indexed.items():
+    def _decide(self, router: _Router, routed: _Routed, hashes: Sequence[int]) -> Decision:
+        overlaps = router.predicted.overlap(hashes)
+        for held, blocks in routed.overlaps.items():
             overlaps[held] = max(blocks, overlaps.get(held, 0))
-        decision = decide(request, self._workers, overlaps, self._policy, self._random)
+        decision = decide(routed.request, router.workers, overlaps, self._policy, router.random)
         assert decision is not None
         return decision
 
@@ -287,7 +328,7 @@ class Replay:
         kv_session: KvSession | None = None,
     ) -> None:
         hashes = self._hashes[key]
-        self._predicted.sent(engine.worker.instance_id, hashes)
+        self._router(key).predicted.sent(engine.instance, hashes)
         engine.scheduler.submit(
             EngineRequest(
                 key=key,
@@ -340,22 +381,20 @@ class Replay:
         for finish in step.finishes:
             assert finish.error is None, finish.error
             self.outcomes[finish.key].last_token_at = now
-            self._predicted.ended(engine.worker.instance_id, self._hashes.pop(finish.key))
-        self._tell_load(engine)
-        if engine.worker.role is Role.DECODE and self._held:
-            self._fill(engine.worker, now)
+            hashes = self._hashes.pop(finish.key)
+            self._router(finish.key).predicted.ended(engine.instance, hashes)
+        self._tell_load(engine, now)
         if events := engine.scheduler.take_events():
-            instance = engine.worker.instance_id
             self._at(
                 now + self._terms.kv_event_lag_seconds,
-                lambda _: self._index_events(instance, events),
+                lambda _: self._index_events(engine.instance, events),
             )
         self._begin(engine, now)
 
     def _hand_over(self, engine: _Engine, prefilled: Prefilled, now: float) -> None:
         key, session = prefilled.key, prefilled.kv_session
         self.outcomes[key].cached_tokens = prefilled.cached_tokens
-        self._predicted.ended(engine.worker.instance_id, self._hashes[key])
+        self._router(key).predicted.ended(engine.instance, self._hashes[key])
         self._keepers[session.session_id] = engine
         routed = self._routed[key]
         routed.kv_session = session
@@ -365,17 +404,30 @@ class Replay:
         )
         self._route(key, now)
 
-    def _tell_load(self, engine: _Engine) -> None:
-        load = engine.scheduler.load()
-        engine.worker.load = Load(
-            load.running_requests,
-            load.waiting_requests,
-            load.queued_prefill_tokens,
-            load.active_kv_blocks,
-            load.total_kv_blocks,
+    def _tell_load(self, engine: _Engine, now: float) -> None:
+        its = engine.scheduler.load()
+        load = Load(
+            its.running_requests,
+            its.waiting_requests,
+            its.queued_prefill_tokens,
+            its.active_kv_blocks,
+            its.total_kv_blocks,
         )
-        while engine.bookings:
-            engine.worker.unbook(engine.bookings.popleft())
+        seen = [router.seen[engine.instance - 1] for router in self._routers]
+        taken = [one.sent for one in seen]
+
+        def tell(now: float) -> None:
+            for router, one, its_taken in zip(self._routers, seen, taken, strict=True):
+                one.tell(load, its_taken)
+                if router.held and engine.role is Role.DECODE:
+                    room = {engine.instance: one.worker.free_kv_tokens}
+                    for key in router.held.fitting(room):
+                        self._route(key, now)
+
+        if self._terms.load_lag_seconds:
+            self._at(now + self._terms.load_lag_seconds, tell)
+        else:
+            tell(now)
 
     def _index_events(self, instance: InstanceId, events: Sequence[EngineKvEvent]) -> None:
         """This engine names blocks by their sequence hashes, and holds no block without those

@@ -13,6 +13,7 @@ from benchmarks.routing.replay import Outcome, Replay, Terms
 from benchmarks.routing.results import Row, Served, summary
 from benchmarks.routing.trace import Arrival
 from services.router.core.decision import Policy
+from services.router.core.workers import InstanceId
 
 CONVERSATIONS = 40
 
@@ -100,7 +101,7 @@ def test_a_hot_system_prompt_loads_none_of_a_thousand_workers_by_half_above_the_
     terms = Terms(workers=1_000)
     outcomes = Replay(arrivals, Policy(), terms).run()
     requests = Counter(outcome.worker for outcome in outcomes)
-    tokens = Counter[int]()
+    tokens = Counter[InstanceId | None]()
     for outcome in outcomes:
         tokens[outcome.worker] += outcome.arrival.prompt_tokens + outcome.arrival.output_tokens
     for load in (requests, tokens):
@@ -124,6 +125,33 @@ def test_a_prefill_worker_full_of_kv_goes_on_once_that_is_pulled() -> None:
     outcomes = Replay(arrivals, Policy(), terms).run()
     assert [outcome.prefill_worker for outcome in outcomes] == [2] * 6
     assert all(outcome.last_token_at > outcome.first_token_at > 0 for outcome in outcomes)
+
+
+def test_a_small_request_overtakes_a_large_one_that_nobody_has_room_for() -> None:
+    arrivals = [
+        Arrival(0.0, 1_000, 400, (0, 1)),
+        Arrival(0.1, 1_000, 10, (2, 3)),
+        Arrival(0.2, 100, 10, (4,)),
+    ]
+    terms = Terms(workers=1, kv_blocks=100)
+    first, large, small = Replay(arrivals, Policy(), terms).run()
+    assert small.last_token_at < first.last_token_at < large.first_token_at
+    # At the worker it would wait behind the large one.
+    terms = Terms(workers=1, kv_blocks=100, max_held_seconds=0.0)
+    first, large, small = Replay(arrivals, Policy(), terms).run()
+    assert first.last_token_at < large.first_token_at <= small.first_token_at
+
+
+def test_three_routers_that_learn_of_loads_late_find_as_much_cached_as_one() -> None:
+    arrivals = synthetic.conversations(100, seed=0)
+    reuse = {}
+    for routers in (1, 3):
+        terms = Terms(workers=4, routers=routers, load_lag_seconds=0.05)
+        run = served(Replay(arrivals, Policy(), terms).run())
+        prompt_tokens = sum(one.prompt_tokens for one in run)
+        reuse[routers] = sum(one.cached_tokens for one in run) / prompt_tokens
+    assert reuse[1] > 0.7
+    assert reuse[3] > reuse[1] - 0.01
 
 
 def test_requests_that_a_full_worker_refuses_are_misses() -> None:
