@@ -16,7 +16,7 @@ from services.router.core.workers import InstanceId
 MAX_REQUESTS = 1_024
 """Held at once. More are sent to wait at a worker, which has its own bound."""
 
-LEASE_PART = 2 / 3
+LEASE_PART = 1 / 2
 """Of the time that a prefill worker keeps a prompt's KV: what may pass before it is sent."""
 
 Key = TypeVar("Key", bound=Hashable)
