@@ -30,6 +30,8 @@ _WHY_WON = {
 }
 _TERMS: Mapping[str, Callable[[router_pb2.Candidate], int]] = {
     "blocks held": lambda it: it.overlap_blocks,
+    "in host memory": lambda it: it.host_blocks,
+    "on disk": lambda it: it.disk_blocks,
     "queued": lambda it: it.queued_prefill_tokens,
     "to compute": lambda it: it.new_prefill_tokens,
     "KV": lambda it: it.decode_tokens,
@@ -39,6 +41,8 @@ _TERMS: Mapping[str, Callable[[router_pb2.Candidate], int]] = {
     "session": lambda it: it.is_of_session,
 }
 """Columns of a table, in tokens where they don't say something else."""
+_IF_ANY = ("in host memory", "on disk")
+"""Columns that are left out when nobody has anything there."""
 
 
 @dataclass
@@ -104,13 +108,18 @@ def _leg(name: str, leg: router_pb2.LegExplanation) -> RenderableType:
         cached.append(f"pulled {leg.transferred_tokens}")
     table = Table("", box=None, header_style="dim", padding=(0, 1))
     table.add_column("worker", no_wrap=True, overflow="ignore")
-    for title in (*_TERMS, "cost"):
+    terms = {
+        title: term
+        for title, term in _TERMS.items()
+        if title not in _IF_ANY or any(map(term, leg.candidates))
+    }
+    for title in (*terms, "cost"):
         table.add_column(title, justify="right")
     for candidate in leg.candidates:
         table.add_row(
             "*" if candidate.worker.instance_id == leg.worker.instance_id else "",
             candidate.worker.name,
-            *(str(int(term(candidate))) for term in _TERMS.values()),
+            *(str(int(term(candidate))) for term in terms.values()),
             f"{candidate.cost:g}" if math.isfinite(candidate.cost) else "never",
         )
     weights = [f"{field.name} {value:g}" for field, value in leg.weights.ListFields()]

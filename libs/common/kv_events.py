@@ -73,6 +73,9 @@ class KvSnapshot:
     sequence_hashes: Sequence[SequenceHash]
     chains: Sequence[ChainStart] = ()
     """As in BlocksStored."""
+    lower_tiers: Sequence[BlocksStored] = ()
+    """What is held in other tiers than the fastest, which those above are of; after them, since
+    blocks here may follow one of those."""
 
 
 def subject(namespace: str, instance_id: InstanceId) -> str:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import NewType, Protocol
 
 from libs.common.errors import SwitchgearError
+from libs.common.kv_events import Tier
 
 RequestKey = NewType("RequestKey", int)
 """Names a request within one engine process; never reused."""
@@ -154,7 +155,7 @@ class Start:
 
     key: RequestKey
     cached_tokens: int
-    """Prompt tokens that this engine's own prefix cache held."""
+    """Prompt tokens that this engine's own prefix cache held, in whichever tier."""
     transferred_tokens: int
     """Prompt tokens whose KV was pulled; 0 when the engine computed the prompt itself."""
     queue_seconds: float = field(default=0.0, compare=False)
@@ -244,24 +245,27 @@ class EngineBlocksStored:
     parent: EngineHash | None
     """The block before the first one; None at the start of a prompt."""
     token_ids: Sequence[int]
-    """Of all the blocks, block_size of them each."""
+    """Of all the blocks, block_size of them each. May be empty for a tier below the device, when
+    the engine holds these blocks in another tier just now."""
     lora_name: str = ""
     cache_salt: str = ""
     sequence_hashes: Sequence[int] | None = field(default=None, compare=False)
     """Of the blocks, by libs.common.hashing, from an engine that has them anyway. They say what the
     tokens, name and salt say, so that nobody computes them again."""
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class EngineBlocksRemoved:
-    """Blocks that are gone, in any order."""
+    """Blocks that are gone from a tier, in any order. They may be in another still."""
 
     engine_hashes: tuple[EngineHash, ...]
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCacheCleared:
-    """All blocks are gone."""
+    """All blocks are gone, from all tiers."""
 
 
 EngineKvEvent = EngineBlocksStored | EngineBlocksRemoved | EngineCacheCleared
@@ -280,6 +284,8 @@ class EngineInfo:
     publishes_kv_events: bool
     pooling_tasks: tuple[PoolingTask, ...] = ()
     """What it does with prompts; empty: it generates. No engine does both."""
+    has_host_tier: bool = False
+    """Whether it keeps blocks in host memory as well, and loads them from there."""
 
 
 class EngineSink(Protocol):
@@ -300,13 +306,15 @@ class EngineSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransferCounters:
-    """What an engine pulled from others since it started. Counters never fall."""
+    """What an engine moved since it started. Counters never fall."""
 
     transferred_bytes: int
     transferred_blocks: int
     """Blocks of the prompts that were pulled, a partial last one counted whole."""
     transfer_failures: int
     """Pulls that were refused, broke or took too long; their prompts were computed here."""
+    loaded_host_blocks: int = 0
+    """Blocks brought back from its own host tier."""
 
 
 class Engine(ABC):
@@ -333,7 +341,7 @@ class Engine(ABC):
 
     @abstractmethod
     def counters(self) -> TransferCounters:
-        """What was pulled so far."""
+        """What was pulled and loaded so far."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -48,6 +48,10 @@ class WorkerSettings(NatsSettings):
     kv_cache_bytes: int = Field(default=0, ge=0)
     """Memory for KV, whatever the device has; 0 takes the engine's default."""
 
+    host_kv_bytes: int = Field(default=0, ge=0)
+    """Host memory for KV that the device has no room for, to be loaded from there in place of
+    being computed again; 0 keeps none. vLLM can with GPUs only."""
+
     device_memory_fraction: float = Field(default=0, ge=0, le=1)
     """Share of a GPU's memory for weights and KV, when workers share one; 0 takes the engine's
     default."""
@@ -79,6 +83,9 @@ class WorkerSettings(NatsSettings):
 
     sim_kv_tokens: int = Field(default=524_288, ge=1024)
     """KV capacity of the simulator, in tokens."""
+
+    sim_host_bytes_per_second: float = Field(default=20e9, gt=0)
+    """How fast the simulator loads KV from host memory; a token of it takes 128 KiB there."""
 
     sim_embedding_dimensions: int = Field(default=384, ge=1)
     """Length of the simulator's vectors, with `task` embed."""

@@ -25,12 +25,14 @@ from libs.common.kv_events import (
     InstanceId,
     KvBatch,
     KvEvent,
+    Tier,
     subject,
 )
 from libs.common.kv_messages import part_of, stored_message
 from libs.engine.interface import EngineKvEvent
 from libs.worker.core.kv_ledger import KvLedger
 from libs.worker.core.recent_batches import RecentBatches
+from libs.worker.core.tiered_ledger import TieredLedger
 from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.worker.v1 import worker_pb2
 
@@ -84,6 +86,7 @@ class KvPublisher:
         instance_id: InstanceId,
         model: str,
         block_size_tokens: int,
+        has_host_tier: bool = False,
     ) -> None:
         """The client need not be connected yet."""
         self._nats = nats
@@ -91,16 +94,21 @@ class KvPublisher:
         self._instance_id = instance_id
         self._model = model
         self._block_size_tokens = block_size_tokens
-        self._ledger = KvLedger(block_size_tokens, epoch=time.time_ns())
+        ledger = TieredLedger if has_host_tier else KvLedger
+        self._ledger = ledger(block_size_tokens, epoch=time.time_ns())
         self._has_changes = asyncio.Event()
         self._outbox: deque[bytes] = deque(maxlen=OUTBOX_BATCHES)
         self._recent = RecentBatches(RECENT_BYTES)
         self._quick_until = 0.0
         """Of `time.monotonic`."""
 
-    def cached_blocks(self) -> int:
-        """Blocks that a request of the same prefix could reuse."""
-        return self._ledger.published_blocks
+    def cached_blocks(self) -> dict[Tier, int]:
+        """Blocks that a request of the same prefix could reuse, by tier."""
+        return self._ledger.tier_blocks()
+
+    def evicted_blocks(self) -> dict[Tier, int]:
+        """Blocks that the engine has let go of since the beginning, by tier."""
+        return self._ledger.tier_evicted_blocks()
 
     def take(self, events: Sequence[EngineKvEvent]) -> None:
         """Takes the engine's changes. They leave together with what else comes within
@@ -114,16 +122,18 @@ class KvPublisher:
         """All blocks held now, in messages of bounded size; at least one."""
         self._cut()
         held = self._ledger.snapshot()
-        for start in range(0, max(1, len(held.sequence_hashes)), SNAPSHOT_MESSAGE_BLOCKS):
-            end = start + SNAPSHOT_MESSAGE_BLOCKS
-            yield worker_pb2.GetKvSnapshotResponse(
-                instance_id=self._instance_id,
-                model=self._model,
-                block_size_tokens=self._block_size_tokens,
-                epoch=held.epoch,
-                sequence_number=held.sequence_number,
-                blocks=stored_message(*part_of(held.sequence_hashes, held.chains, start, end)),
-            )
+        for each in (BlocksStored(held.sequence_hashes, held.chains), *held.lower_tiers):
+            hashes, chains = each.sequence_hashes, each.chains
+            for start in range(0, max(1, len(hashes)), SNAPSHOT_MESSAGE_BLOCKS):
+                part = part_of(hashes, chains, start, start + SNAPSHOT_MESSAGE_BLOCKS)
+                yield worker_pb2.GetKvSnapshotResponse(
+                    instance_id=self._instance_id,
+                    model=self._model,
+                    block_size_tokens=self._block_size_tokens,
+                    epoch=held.epoch,
+                    sequence_number=held.sequence_number,
+                    blocks=stored_message(*part, each.tier),
+                )
 
     def batches(
         self, epoch: int, first: int, last: int
@@ -136,7 +146,8 @@ class KvPublisher:
         if found is None:
             raise KvBatchesGone(f"not all of batches {first} to {last} of epoch {epoch} are here")
         found_bytes = sum(map(len, found))
-        if found_bytes > max(FEW_RECENT_BYTES, HASH_BYTES * self._ledger.published_blocks):
+        held_bytes = HASH_BYTES * sum(self.cached_blocks().values())
+        if found_bytes > max(FEW_RECENT_BYTES, held_bytes):
             raise KvBatchesGone(f"batches {first} to {last} are {found_bytes} bytes: too many")
         message = worker_pb2.GetKvBatchesResponse()
         size_bytes = 0

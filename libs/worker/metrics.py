@@ -3,7 +3,7 @@ happens to requests is counted as it happens, once for each request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 from prometheus_client import Counter, Histogram
@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from libs.common.errors import BY_REASON
+from libs.common.kv_events import Tier
 from libs.common.metrics import count_from_zero
 from libs.engine.interface import Engine, Leg, Prefilled, Start
 
@@ -82,11 +83,17 @@ def _prompt_tokens(prompt_tokens: int, cached_tokens: int, transferred_tokens: i
 
 
 class WorkerCollector(Collector):
-    """The engine's load and what it pulled from other engines."""
+    """The engine's load, its cache, and what it pulled from other engines."""
 
-    def __init__(self, engine: Engine, cached_blocks: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        cached_blocks: Callable[[], Mapping[Tier, int]],
+        evicted_blocks: Callable[[], Mapping[Tier, int]],
+    ) -> None:
         self._engine = engine
         self._cached_blocks = cached_blocks
+        self._evicted_blocks = evicted_blocks
 
     def register(self, registry: CollectorRegistry) -> None:
         """Called once the engine has started."""
@@ -96,13 +103,14 @@ class WorkerCollector(Collector):
         """Called from the metrics server's thread; reads plain numbers only."""
         load = self._engine.load()
         moved = self._engine.counters()
+        blocks = self._cached_blocks()
         gauges = {
             "running_requests": ("Sequences in the batch", load.running_requests),
             "waiting_requests": ("Requests not in the batch yet", load.waiting_requests),
             "queued_prefill_tokens": ("Prompt tokens to compute", load.queued_prefill_tokens),
             "active_kv_blocks": ("Blocks of sequences in progress", load.active_kv_blocks),
             "total_kv_blocks": ("Blocks the device has room for", load.total_kv_blocks),
-            "cached_kv_blocks": ("Blocks that can be reused", self._cached_blocks()),
+            "cached_kv_blocks": ("Blocks that can be reused", blocks[Tier.DEVICE]),
         }
         counters = {
             "kv_transfer_bytes": ("KV pulled from prefill workers", moved.transferred_bytes),
@@ -116,3 +124,19 @@ class WorkerCollector(Collector):
             yield GaugeMetricFamily(f"switchgear_worker_{name}", text, value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"switchgear_worker_{name}", text, value)
+        loaded = {Tier.HOST: moved.loaded_host_blocks}
+        by_tier = (
+            (GaugeMetricFamily, "kv_tier_blocks", "Blocks that can be reused", blocks),
+            (
+                CounterMetricFamily,
+                "kv_evicted_blocks",
+                "Blocks that the engine dropped",
+                self._evicted_blocks(),
+            ),
+            (CounterMetricFamily, "kv_loaded_blocks", "Blocks brought back to the device", loaded),
+        )
+        for family, name, text, numbers in by_tier:
+            made = family(f"switchgear_worker_{name}", f"{text}, by tier", labels=["tier"])
+            for tier, value in numbers.items():
+                made.add_metric([tier.name.lower()], value)
+            yield made

@@ -93,12 +93,15 @@ async def serve_worker(
                 instance_id=instance_id,
                 model=settings.model_name,
                 block_size_tokens=info.block_size_tokens,
+                has_host_tier=info.has_host_tier,
             )
             if settings.kv_events:
                 host.publish_to(publisher.take)
             else:
                 host.publish_to(lambda events: None)
-            WorkerCollector(engine, publisher.cached_blocks).register(REGISTRY)
+            WorkerCollector(engine, publisher.cached_blocks, publisher.evicted_blocks).register(
+                REGISTRY
+            )
             servicer = WorkerServicer(
                 host, files, publisher.snapshot, publisher.batches, publisher.cached_blocks
             )

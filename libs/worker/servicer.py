@@ -10,6 +10,7 @@ import grpc
 
 from libs.common.duplex import first_message, serve_duplex
 from libs.common.errors import ModelNotFound, NoLiveInstance
+from libs.common.kv_events import Tier
 from libs.worker.core import wire
 from libs.worker.host import EngineHost
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -29,7 +30,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         files: Mapping[str, bytes],
         snapshot: Callable[[], Iterator[worker_pb2.GetKvSnapshotResponse]],
         batches: Callable[[int, int, int], Iterator[worker_pb2.GetKvBatchesResponse]],
-        cached_blocks: Callable[[], int],
+        cached_blocks: Callable[[], Mapping[Tier, int]],
     ) -> None:
         self._host = host
         self._files = files
@@ -105,9 +106,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.GetStatusRequest, context: Context
     ) -> worker_pb2.GetStatusResponse:
         """Answers for people and tests."""
+        cached = self._cached_blocks()
         return worker_pb2.GetStatusResponse(
             load=wire.load_to_message(self._host.engine.load()),
             sessions=len(self._host.sessions),
             request_ids=self._host.request_ids()[:MAX_STATUS_REQUEST_IDS],
-            cached_kv_blocks=self._cached_blocks(),
+            cached_kv_blocks=cached[Tier.DEVICE],
+            cached_host_kv_blocks=cached.get(Tier.HOST, 0),
         )

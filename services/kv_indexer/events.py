@@ -26,7 +26,8 @@ from switchgear.kv_events.v1 import kv_events_pb2
 
 log = logs.get(__name__)
 
-_TIERS: dict[int, Tier] = {tier.value: tier for tier in Tier}
+TIERS: dict[int, Tier] = {tier.value: tier for tier in Tier}
+"""Those that are known, by their numbers in messages."""
 
 POLL_SECONDS = 0.1
 MAX_UNREAD_BATCHES = 65_536
@@ -75,12 +76,12 @@ def _events(message: kv_events_pb2.KvEventBatch) -> Iterator[KvEvent]:
         # A slice of hashes is a list, made much faster than a tuple.
         if kind == "stored":
             stored = event.stored
-            if (tier := _TIERS.get(stored.tier)) is not None:
+            if (tier := TIERS.get(stored.tier)) is not None:
                 yield BlocksStored(stored.sequence_hashes[:], chains_of(stored), tier)
                 continue
         elif kind == "removed":
             removed = event.removed
-            if (tier := _TIERS.get(removed.tier)) is not None:
+            if (tier := TIERS.get(removed.tier)) is not None:
                 yield BlocksRemoved(removed.sequence_hashes[:], tier)
                 continue
         elif kind == "cleared":

@@ -13,6 +13,7 @@ from libs.common.duplex import serve_duplex
 from libs.common.errors import NoLiveInstance, ProtocolViolation
 from services.kv_indexer import metrics
 from services.kv_indexer.indexer import Indexer
+from services.kv_indexer.tiered_overlap import tiered_overlap
 from services.kv_indexer.verification import Verifier
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 
@@ -66,12 +67,16 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
         self, request: kv_indexer_pb2.FindOverlapRequest
     ) -> kv_indexer_pb2.FindOverlapResponse:
         response = kv_indexer_pb2.FindOverlapResponse()
-        overlap = self._indexer.index.overlap
+        index = self._indexer.index
         degraded_reasons = self._indexer.degraded_reasons()
         for query in request.queries:
             span = tracing.follow(query.traceparent, "find overlap")
-            depths = overlap(query.model, query.block_size_tokens, query.sequence_hashes)
-            response.overlaps.add(instance_ids=depths.keys(), blocks=depths.values())
+            model, block_size_tokens = query.model, query.block_size_tokens
+            depths = index.overlap(model, block_size_tokens, query.sequence_hashes)
+            if index.has_lower_tiers(model, block_size_tokens):
+                response.overlaps.append(tiered_overlap(index, query, depths))
+            else:
+                response.overlaps.add(instance_ids=depths.keys(), blocks=depths.values())
             if span is not None:
                 span.end(
                     {

@@ -7,10 +7,17 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 
 from libs.common.errors import KvBatchesGone, SwitchgearError
-from libs.common.kv_events import InstanceId, KvBatch, KvSnapshot, SequenceHash
-from services.kv_indexer.core.comparison import Difference, brought_up, compare
+from libs.common.kv_events import InstanceId, KvBatch, KvSnapshot, SequenceHash, Tier
+from services.kv_indexer.core.comparison import (
+    Difference,
+    Held,
+    brought_up,
+    compare,
+    snapshot_of,
+)
 from services.kv_indexer.core.follower import BatchRange
 from services.kv_indexer.indexer import FollowedStatus, Indexer
+from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2
 
 WORKERS_AT_ONCE = 4
@@ -50,7 +57,7 @@ class Verifier:
             index_epoch=status.epoch,
             index_sequence_number=status.applied,
         )
-        held = set(self._indexer.index.held(instance))
+        held = {tier: set(self._indexer.index.held(instance, tier)) for tier in Tier}
         try:
             snapshot = await self._indexer.fetch_snapshot(status.worker)
             comparison.worker_epoch = snapshot.epoch
@@ -60,13 +67,12 @@ class Verifier:
             comparison.failure = error.message
             return comparison
         # Sets of a million take long enough to be felt by whoever waits for an answer.
-        difference = await asyncio.to_thread(_difference, status, held, snapshot, batches)
-        comparison.equal_blocks = difference.equal_blocks
-        comparison.only_in_index_blocks = len(difference.only_in_index)
-        comparison.only_at_worker_blocks = len(difference.only_at_worker)
-        comparison.evicted_blocks = difference.evicted_blocks
-        comparison.only_in_index_examples.extend(_examples(difference.only_in_index))
-        comparison.only_at_worker_examples.extend(_examples(difference.only_at_worker))
+        differences = await asyncio.to_thread(_differences, status, held, snapshot, batches)
+        _fill(comparison, differences.pop(Tier.DEVICE))
+        for tier, difference in differences.items():
+            if not difference.is_of_none:
+                lower = comparison.lower_tiers.add(tier=kv_events_pb2.Tier.ValueType(tier))
+                _fill(lower, difference)
         return comparison
 
     async def _batches_between(
@@ -87,17 +93,23 @@ class Verifier:
         return await self._indexer.fetch_batches(status.worker, missing)
 
 
-def _difference(
-    status: FollowedStatus,
-    held: set[SequenceHash],
-    snapshot: KvSnapshot,
-    batches: Iterable[KvBatch],
-) -> Difference:
+def _differences(
+    status: FollowedStatus, held: Held, snapshot: KvSnapshot, batches: Iterable[KvBatch]
+) -> dict[Tier, Difference]:
     return compare(
-        brought_up(held, batches),
-        set(snapshot.sequence_hashes),
-        may_lack_blocks=status.evicted_blocks,
+        brought_up(held, batches), snapshot_of(snapshot), may_lack_blocks=status.evicted_blocks
     )
+
+
+def _fill(
+    message: kv_indexer_pb2.Comparison | kv_indexer_pb2.TierComparison, difference: Difference
+) -> None:
+    message.equal_blocks = difference.equal_blocks
+    message.only_in_index_blocks = len(difference.only_in_index)
+    message.only_at_worker_blocks = len(difference.only_at_worker)
+    message.evicted_blocks = difference.evicted_blocks
+    message.only_in_index_examples.extend(_examples(difference.only_in_index))
+    message.only_at_worker_examples.extend(_examples(difference.only_at_worker))
 
 
 def _examples(blocks: Iterable[SequenceHash]) -> list[SequenceHash]:

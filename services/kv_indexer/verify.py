@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -14,6 +14,7 @@ from libs.common.channels import Channels
 from libs.common.config import ConfigError
 from libs.common.discovery import Discovery
 from libs.common.errors import CredentialsRefused
+from libs.common.kv_events import Tier
 from services.kv_indexer.config import KvIndexerSettings
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
@@ -22,10 +23,12 @@ EQUAL, DIFFERENT, NOT_COMPARED = 0, 1, 2
 """Exit statuses; the largest of all comparisons is the command's."""
 
 HEADINGS = (
-    *("indexer", "worker", "model", "equal", "only in index", "only at worker", "evicted"),
-    *("behind", ""),
+    *("indexer", "worker", "model", "tier", "equal", "only in index", "only at worker"),
+    *("evicted", "behind", ""),
 )
-_NUMBERS = range(3, 8)
+_NUMBERS = range(4, 9)
+
+_Blocks = kv_indexer_pb2.Comparison | kv_indexer_pb2.TierComparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +122,21 @@ def verdict(answer: Answer) -> int:
 def _verdict_of(comparison: kv_indexer_pb2.Comparison) -> int:
     if comparison.failure:
         return NOT_COMPARED
-    if comparison.only_in_index_blocks or comparison.only_at_worker_blocks:
-        return DIFFERENT
-    return EQUAL
+    tiers: list[_Blocks] = [comparison, *comparison.lower_tiers]
+    is_different = any(it.only_in_index_blocks or it.only_at_worker_blocks for it in tiers)
+    return DIFFERENT if is_different else EQUAL
 
 
 def table(answers: Iterable[Answer], names: Mapping[int, str]) -> str:
-    """One line for each indexer and worker; blocks, and batches that the index is behind."""
+    """One line for each indexer, worker and tier; blocks, and batches that the index is behind."""
     rows: list[Sequence[str]] = [HEADINGS]
     for answer in answers:
         if answer.failure or not answer.comparisons:
-            rows.append((answer.indexer, *("-",) * 7, answer.failure or "follows no worker"))
+            rows.append((answer.indexer, *("-",) * 8, answer.failure or "follows no worker"))
         for comparison in answer.comparisons:
             instance = comparison.instance_id
-            rows.append(
-                (answer.indexer, names.get(instance) or f"{instance:016x}", *_cells(comparison))
-            )
+            worker = names.get(instance) or f"{instance:016x}"
+            rows += ((answer.indexer, worker, *cells) for cells in _cells(comparison))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -145,22 +147,30 @@ def table(answers: Iterable[Answer], names: Mapping[int, str]) -> str:
     )
 
 
-def _cells(comparison: kv_indexer_pb2.Comparison) -> tuple[str, ...]:
+def _cells(comparison: kv_indexer_pb2.Comparison) -> Iterator[tuple[str, ...]]:
+    model = comparison.model or "-"
     if comparison.failure:
-        return (comparison.model or "-", *("-",) * 5, comparison.failure)
+        yield (model, *("-",) * 6, comparison.failure)
+        return
     behind = comparison.worker_sequence_number - comparison.index_sequence_number
-    return (
-        comparison.model,
-        str(comparison.equal_blocks),
-        str(comparison.only_in_index_blocks),
-        str(comparison.only_at_worker_blocks),
-        str(comparison.evicted_blocks),
-        str(behind),
-        _examples(comparison) or "equal",
-    )
+    tiers: list[tuple[Tier, _Blocks]] = [
+        (Tier.DEVICE, comparison),
+        *((Tier(it.tier), it) for it in comparison.lower_tiers),
+    ]
+    for tier, blocks in tiers:
+        yield (
+            model,
+            tier.name.lower(),
+            str(blocks.equal_blocks),
+            str(blocks.only_in_index_blocks),
+            str(blocks.only_at_worker_blocks),
+            str(blocks.evicted_blocks),
+            str(behind),
+            _examples(blocks) or "equal",
+        )
 
 
-def _examples(comparison: kv_indexer_pb2.Comparison) -> str:
+def _examples(comparison: _Blocks) -> str:
     """Some of the blocks that differ; empty when none does."""
     return "; ".join(
         f"{where}: {' '.join(f'{block:016x}' for block in blocks)}"

@@ -58,6 +58,13 @@ class RouterSettings(ServiceSettings):
     """Prompt tokens that keeping a session on its worker is worth. Higher: it yields less to
     load."""
 
+    host_credit: float = Field(default=0.75, ge=0, le=1)
+    """What a prompt token in a worker's host memory saves of computing it. Higher: conversations
+    go back to where they must be loaded sooner than to where they must be computed."""
+
+    disk_credit: float = Field(default=0.25, ge=0, le=1)
+    """Likewise of one on its disk."""
+
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the cheapest worker; above, dearer ones get a chance, too."""
 

@@ -55,7 +55,8 @@ def explanation_of(record: Record) -> router_pb2.Explanation:
     message.decided_at.FromNanoseconds(int(record.decided_at * 1e9))
     if decision.handover is not Handover.COMPUTED:
         message.uncached_tokens = decision.whole.new_prefill_tokens
-        message.local_overlap = 1 - decision.whole.new_prefill_tokens / record.prompt_tokens
+        held_tokens = record.predicted_cached_tokens(decision.whole)
+        message.local_overlap = held_tokens / record.prompt_tokens
     if record.decode_cached_tokens is not None:
         message.decode.reported_cached_tokens = record.decode_cached_tokens
     if record.transferred_tokens is not None:

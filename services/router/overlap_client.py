@@ -14,7 +14,8 @@ from libs.common import logs
 from libs.common.channels import Channels
 from libs.common.discovery import Discovery, Table
 from libs.common.tasks import background
-from services.router.core.decision import Overlaps
+from services.router.core.candidates import Overlaps, TieredOverlap
+from services.router.core.workers import InstanceId
 from services.router.degraded import NO_KV_INDEXER, Degraded
 from services.router.indexer_link import IndexerLink
 from switchgear.discovery.v1 import discovery_pb2
@@ -151,10 +152,28 @@ def _overlaps(response: kv_indexer_pb2.FindOverlapResponse, queries: int) -> lis
         raise ValueError(f"{len(response.overlaps)} overlaps for {queries} queries")
     # Slices are lists, read much faster than the fields.
     found = [
-        dict(zip(overlap.instance_ids[:], overlap.blocks[:], strict=True))
+        _tiered(overlap)
+        if overlap.host_blocks or overlap.disk_blocks
+        else dict(zip(overlap.instance_ids[:], overlap.blocks[:], strict=True))
         for overlap in response.overlaps
     ]
     return cast("list[Overlaps]", found)
+
+
+def _tiered(overlap: kv_indexer_pb2.Overlap) -> Overlaps:
+    """Raises ValueError, as above."""
+    none = [0] * len(overlap.instance_ids)
+    columns = zip(
+        overlap.instance_ids,
+        overlap.blocks,
+        overlap.host_blocks or none,
+        overlap.disk_blocks or none,
+        strict=True,
+    )
+    return {
+        InstanceId(instance): TieredOverlap(device, host, disk) if host or disk else device
+        for instance, device, host, disk in columns
+    }
 
 
 @asynccontextmanager

@@ -64,6 +64,7 @@ class SimEngine(Engine):
             transfer_backend=TRANSFER_BACKEND,
             publishes_kv_events=True,
             pooling_tasks=(PoolingTask.EMBED,) if limits.embedding_dimensions else (),
+            has_host_tier=limits.host_kv_blocks > 0,
         )
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
@@ -87,6 +88,7 @@ class SimEngine(Engine):
             transferred_bytes=self._transferred_bytes,
             transferred_blocks=self._transferred_blocks,
             transfer_failures=self._scheduler.transfer_failures,
+            loaded_host_blocks=self._scheduler.loaded_host_blocks,
         )
 
     async def close(self) -> None:
@@ -143,7 +145,7 @@ class SimEngine(Engine):
             sink.step(step)
 
     async def _idle(self) -> None:
-        """Waits until there may be work: something was asked for, arrived, or expires."""
+        """Waits until there may be work: something was asked for, arrived, or its time has come."""
         self._wake.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._scheduler.next_expiry):

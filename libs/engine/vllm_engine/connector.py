@@ -25,7 +25,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
     NixlBaseConnector,
     NixlPullConnector,
@@ -150,6 +152,17 @@ class PullReport:
 
     def switchgear_overdue_pulls(self) -> list[str]:
         """See `_Worker.overdue`."""
-        worker = get_kv_transfer_group().connector_worker
+        group = get_kv_transfer_group()
+        if isinstance(group, MultiConnector):
+            (group,) = (
+                each for each in group.sub_connectors if isinstance(each, SwitchgearNixlConnector)
+            )
+        worker = group.connector_worker
         assert isinstance(worker, _Worker)
         return worker.overdue()
+
+
+# Beside a host tier vLLM finds the class that its statistics are of by name alone.
+KVConnectorFactory.register_connector(
+    SwitchgearNixlConnector.__name__, __name__, SwitchgearNixlConnector.__name__
+)

@@ -111,6 +111,7 @@ class VllmEngine(Engine):
         self._queued_prefill_tokens = 0
         self._transferred_blocks = 0
         self._transfer_failures = 0
+        self._loaded_host_blocks = 0
         self._commands: deque[_Command] = deque()
         self._has_commands = asyncio.Event()
 
@@ -159,6 +160,7 @@ class VllmEngine(Engine):
             transferred_bytes=self._stats.transferred_bytes,
             transferred_blocks=self._transferred_blocks,
             transfer_failures=self._transfer_failures,
+            loaded_host_blocks=self._loaded_host_blocks,
         )
 
     async def close(self) -> None:
@@ -286,10 +288,9 @@ class VllmEngine(Engine):
             )
 
     def _start(self, running: _Running, output: Any) -> Start:
-        stats = output.prefill_stats
         running.has_started = True
         self._dequeue_prompt(running)
-        transferred_tokens = stats.num_external_cached_tokens
+        cached_tokens, transferred_tokens = self._sources(running, output.prefill_stats)
         if transferred_tokens:
             self._transferred_blocks += -(-transferred_tokens // self._info.block_size_tokens)
         elif running.request.kv_session is not None:
@@ -301,11 +302,22 @@ class VllmEngine(Engine):
         )
         return Start(
             running.request.key,
-            stats.num_local_cached_tokens,
+            cached_tokens,
             transferred_tokens,
             queue_seconds,
             transfer_seconds,
         )
+
+    def _sources(self, running: _Running, stats: Any) -> tuple[int, int]:
+        """Prompt tokens that this engine had, and those that it pulled. What vLLM calls external is
+        either of one pull or from the host tier. A pull brings all of the prompt; from the host
+        tier comes less, since the last token is always computed."""
+        local, external = stats.num_local_cached_tokens, stats.num_external_cached_tokens
+        is_all = local + external >= len(running.request.prompt)
+        if self._info.has_host_tier and not (running.pull is not None and is_all):
+            self._loaded_host_blocks += external // self._info.block_size_tokens
+            return local + external, 0
+        return local, external
 
     def _prefilled(
         self, step: Step, running: _Running, output: Any, step_at_seconds: float
@@ -326,7 +338,7 @@ class VllmEngine(Engine):
         time_to_live = self._settings.session_seconds - (now - step_at_seconds)
         session = requests.session_of(running.request, params, time_to_live)
         self._keep(key, _Kept(session.session_id, now + self._settings.kv_lease_seconds), now)
-        cached_tokens = output.prefill_stats.num_local_cached_tokens
+        cached_tokens, _ = self._sources(running, output.prefill_stats)
         step.prefilled.append(Prefilled(key, session, cached_tokens, _waited_seconds(output)))
 
     def _keep(self, key: RequestKey, kept: _Kept, now: float) -> None:

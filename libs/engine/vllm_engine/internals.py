@@ -138,6 +138,8 @@ def stat_logger(stats: StepStats) -> Callable[[Any, int], StatLoggerBase]:
             stats.running_requests = scheduler_stats.num_running_reqs
             stats.kv_cache_usage = scheduler_stats.kv_cache_usage
             if transfers := scheduler_stats.kv_connector_stats:
+                # Beside a host tier they are by connector.
+                transfers = transfers.get("SwitchgearNixlConnector", transfers)
                 stats.transferred_bytes += sum(transfers.get("bytes_transferred", ()))
             stats.on_change()
 

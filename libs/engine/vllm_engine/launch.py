@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -36,12 +35,9 @@ from libs.engine.vllm_engine.settings import VllmSettings
 
 log = logs.get(__name__)
 
-_PACKAGE = "libs.engine.vllm_engine"
 CORE_SHUTDOWN_SECONDS = 5.0
 """What the engine core gets to end by itself before it is killed."""
 CLOSE_SECONDS = 15.0
-
-_ROLES = {Leg.PREFILL: "kv_producer", Leg.DECODE: "kv_consumer"}
 
 
 async def load(settings: VllmSettings) -> Vllm:
@@ -84,6 +80,7 @@ class _LoadedVllm(Vllm):
             transfer_backend="" if settings.leg is Leg.WHOLE else TRANSFER_BACKEND,
             publishes_kv_events=True,
             pooling_tasks=(PoolingTask.EMBED,) if settings.task == "embed" else (),
+            has_host_tier=settings.host_kv_bytes is not None,
         )
 
     def run(self, on_outputs: OnOutputs) -> asyncio.Task[None]:
@@ -254,19 +251,13 @@ def _set_environment(settings: VllmSettings) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _free_port(settings: VllmSettings) -> int:
-    with socket.create_server((settings.nixl_host, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def engine_args(settings: VllmSettings, folder: Path) -> Any:
     """vLLM's arguments, with the platform's defaults where the settings leave a choice."""
     from vllm.config import KVEventsConfig, KVTransferConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    from libs.engine.vllm_engine.connector import SIDE_CHANNEL_PORT, TRANSFER_TIMEOUT_SECONDS
+    from libs.engine.vllm_engine import connectors
 
     is_cpu = current_platform.is_cpu()
     publish, replay = kv_stream.endpoints(folder)
@@ -302,18 +293,9 @@ def engine_args(settings: VllmSettings, folder: Path) -> Any:
             # vLLM's own choice: no use for models that look both ways, or take the mean.
             "enable_prefix_caching": None,
         }
-    if settings.leg in _ROLES:
-        arguments["worker_extension_cls"] = f"{_PACKAGE}.connector.PullReport"
-        arguments["kv_transfer_config"] = KVTransferConfig(
-            kv_connector="SwitchgearNixlConnector",
-            kv_connector_module_path=f"{_PACKAGE}.connector",
-            kv_role=_ROLES[settings.leg],
-            kv_buffer_device="cpu" if is_cpu else "cuda",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config={
-                "kv_lease_duration": settings.kv_lease_seconds,
-                TRANSFER_TIMEOUT_SECONDS: settings.transfer_timeout_seconds,
-                SIDE_CHANNEL_PORT: settings.nixl_port or _free_port(settings),
-            },
-        )
+    transfer = connectors.transfer_arguments(settings, is_cpu=is_cpu)
+    if settings.leg is not Leg.WHOLE:
+        arguments["worker_extension_cls"] = f"{connectors.PACKAGE}.connector.PullReport"
+    if transfer is not None:
+        arguments["kv_transfer_config"] = KVTransferConfig(**transfer)
     return AsyncEngineArgs(**arguments)

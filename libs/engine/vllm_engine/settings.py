@@ -33,6 +33,9 @@ class VllmSettings:
     """On CPUs all of it is touched at start. None there is vLLM's share of the machine."""
     device_memory_fraction: float | None = None
     """Of a GPU's memory, for weights and KV together. None is vLLM's own, nearly all."""
+    host_kv_bytes: int | None = None
+    """Host memory to which computed KV is copied, and from which it is loaded again when the GPU
+    has dropped it. None keeps none; on CPUs there is no such tier, and the start fails."""
     max_running_requests: int | None = None
     """64 on CPUs, vLLM's own choice elsewhere."""
     enforce_eager: bool | None = None
@@ -49,6 +52,10 @@ class VllmSettings:
     Prefill and decode engines must agree on it."""
 
     def __post_init__(self) -> None:
+        if self.host_kv_bytes and self.task != "generate":
+            raise ValueError(
+                f"host_kv_bytes is for engines that generate, and the task is {self.task!r}"
+            )
         if self.session_seconds <= 0:
             raise ValueError(
                 f"kv_lease_seconds must exceed transfer_timeout_seconds by more than "

@@ -29,6 +29,7 @@ from libs.common.kv_events import (
     KvEvent,
     KvSnapshot,
     SequenceHash,
+    Tier,
 )
 from libs.engine.interface import (
     EngineBlocksRemoved,
@@ -37,11 +38,7 @@ from libs.engine.interface import (
     EngineHash,
     EngineKvEvent,
 )
-
-MAX_EVENT_BLOCKS = 8_192
-MAX_BATCH_BLOCKS = 8 * MAX_EVENT_BLOCKS
-"""Half a MiB of hashes: NATS takes messages of up to 1 MiB unless told otherwise."""
-
+from libs.worker.core.numbering import MAX_EVENT_BLOCKS, Numbering
 
 _NO_CHILDREN: dict[SequenceHash, _Block] = {}
 """Of all blocks without, to be replaced and not added to."""
@@ -91,13 +88,13 @@ class _Chains:
 
 
 class KvLedger:
-    """One cache's account, from when it was empty."""
+    """One cache's account, from when it was empty. Of one tier: for two see `tiered_ledger`."""
 
     def __init__(self, block_size_tokens: int, *, epoch: int) -> None:
         """The epoch must be larger than that of any ledger this worker kept before."""
         self._block_size_tokens = block_size_tokens
         self.epoch = epoch
-        self._sequence_number = 0
+        self._numbering = Numbering(epoch)
         self._blocks: dict[SequenceHash, _Block] = {}
         self._copies: dict[EngineHash, _Block | list[_Block]] = {}
         """With more than one copy under that hash a list, as long as there are."""
@@ -106,6 +103,8 @@ class KvLedger:
         self._is_clear_pending = False
         """Whether CacheCleared comes before those."""
         self.published_blocks = 0
+        self.evicted_blocks = 0
+        """That the engine has let go of since the beginning."""
         self.unhashed_blocks = 0
         """Stored by the engine but never told to readers, since the block before is not known or
         the tokens are not those of full blocks: so many since the beginning."""
@@ -121,6 +120,7 @@ class KvLedger:
                 case EngineBlocksStored():
                     self._store(event)
                 case EngineBlocksRemoved():
+                    self.evicted_blocks += len(event.engine_hashes)
                     self._remove(event.engine_hashes)
                 case EngineCacheCleared():
                     self._clear()
@@ -128,30 +128,45 @@ class KvLedger:
                     assert_never(event)
 
     def cut(self) -> list[KvBatch]:
-        """Numbers the changes since the last cut: one batch as a rule, none without changes,
-        several when one would grow too large for a message."""
+        """Numbers the changes since the last cut, see Numbering."""
+        return self._numbering.batches(self.take_changes())
+
+    def take_changes(self) -> list[KvEvent]:
+        """The changes since the last cut as events, which are then not numbered here."""
         events: list[KvEvent] = [CacheCleared()] if self._is_clear_pending else []
-        batches: list[KvBatch] = []
-        blocks = 0
         for change in self._changes:
-            hashes = change.hashes if isinstance(change, _Chains) else change
-            if blocks + len(hashes) > MAX_BATCH_BLOCKS:
-                batches.append(self._number(events))
-                events, blocks = [], 0
             if isinstance(change, _Chains):
-                events.append(BlocksStored(tuple(hashes), tuple(change.starts)))
+                events.append(BlocksStored(tuple(change.hashes), tuple(change.starts)))
             else:
-                events.append(BlocksRemoved(tuple(hashes)))
-            blocks += len(hashes)
-        if events:
-            batches.append(self._number(events))
+                events.append(BlocksRemoved(tuple(change)))
         self._changes.clear()
         self._is_clear_pending = False
-        return batches
+        return events
+
+    def find(self, engine_hash: EngineHash) -> tuple[SequenceHash, SequenceHash | None] | None:
+        """A held block, and the one that it follows; None when none is held by that name."""
+        copies = self._copies.get(engine_hash)
+        if copies is None:
+            return None
+        block = copies[0] if isinstance(copies, list) else copies
+        return block.sequence_hash, block.parent_hash
+
+    def is_published(self, sequence_hash: SequenceHash) -> bool:
+        """Whether readers are told of the block."""
+        block = self._blocks.get(sequence_hash)
+        return block is not None and block.is_published
+
+    def tier_blocks(self) -> dict[Tier, int]:
+        """Published blocks by tier."""
+        return {Tier.DEVICE: self.published_blocks}
+
+    def tier_evicted_blocks(self) -> dict[Tier, int]:
+        """Blocks that the engine has let go of since the beginning, by tier."""
+        return {Tier.DEVICE: self.evicted_blocks}
 
     def heartbeat(self) -> KvBatch:
         """Repeats the number of the last batch."""
-        return KvBatch(self.epoch, self._sequence_number)
+        return self._numbering.heartbeat()
 
     def snapshot(self) -> KvSnapshot:
         """All published blocks, as of the last batch: nothing may have changed since the cut."""
@@ -162,11 +177,7 @@ class KvLedger:
             if root.parent is None and root.is_published:
                 for block in root.published_subtree():
                     held.extend((block.sequence_hash,), block.parent_hash)
-        return KvSnapshot(self.epoch, self._sequence_number, held.hashes, held.starts)
-
-    def _number(self, events: Sequence[KvEvent]) -> KvBatch:
-        self._sequence_number += 1
-        return KvBatch(self.epoch, self._sequence_number, tuple(events))
+        return KvSnapshot(self.epoch, self._numbering.last, held.hashes, held.starts)
 
     def _store(self, event: EngineBlocksStored) -> None:
         parent: _Block | None = None

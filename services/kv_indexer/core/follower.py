@@ -140,7 +140,9 @@ class Follower:
             return
         if snapshot.epoch > self.epoch:
             self._start_epoch(snapshot.epoch)
-        self._index.replace(self._instance, snapshot.sequence_hashes, snapshot.chains)
+        self._index.replace(
+            self._instance, snapshot.sequence_hashes, snapshot.chains, snapshot.lower_tiers
+        )
         self._may_have_room = False
         self.applied = snapshot.sequence_number
         self._latest = max(self._latest, snapshot.sequence_number)

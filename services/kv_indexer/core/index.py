@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import compress
 
-from libs.common.kv_events import ChainStart, InstanceId, SequenceHash, Tier
+from libs.common.kv_events import BlocksStored, ChainStart, InstanceId, SequenceHash, Tier
 
 BLOCK_BYTES = 160
 """Of memory for a block: 48 for its hash, and its place in a dict that is larger than what it
@@ -119,6 +119,7 @@ class _Model:
         "born",
         "expanded",
         "generations",
+        "has_lower_tiers",
         "known_sets",
         "shared_sets",
         "workers",
@@ -134,6 +135,8 @@ class _Model:
         self.known_sets: dict[_Masks, _Holders] = {}
         """By masks, to be shared. A worker that goes may make sets equal, so not all are here."""
         self.workers: set[InstanceId] = set()
+        self.has_lower_tiers = False
+        """Whether anything was ever stored below the device."""
         self._instances: list[InstanceId] = []
         """By number of the bit, of workers that left, too."""
         self._free_bits: list[int] = []
@@ -280,6 +283,8 @@ class BlockIndex:
         May evict blocks, of these too. Those that follow an evicted one count as evicted.
         """
         worker = self._workers[instance]
+        if tier is not Tier.DEVICE:
+            worker.model.has_lower_tiers = True
         start, before = 0, None
         for next_start, next_before in chains:
             self._store_chain(worker, hashes[start:next_start], before, tier)
@@ -333,11 +338,14 @@ class BlockIndex:
         instance: InstanceId,
         hashes: Sequence[SequenceHash],
         chains: Sequence[ChainStart] = (),
+        lower_tiers: Sequence[BlocksStored] = (),
     ) -> None:
-        """Makes a worker hold exactly these blocks, in its fastest tier. Parameters as of
-        `store`."""
+        """Makes a worker hold exactly these blocks: in its fastest tier, and in others. Parameters
+        as of `store`."""
         self.clear(instance)
         self.store(instance, hashes, chains)
+        for lower in lower_tiers:
+            self.store(instance, lower.sequence_hashes, lower.chains, lower.tier)
 
     def overlap(
         self,
@@ -410,6 +418,11 @@ class BlockIndex:
         if len(generations) > 1 or of_model.born != self._turn:
             self._renew(of_model, prompt, deepest)
         return depths
+
+    def has_lower_tiers(self, model: str, block_size_tokens: int) -> bool:
+        """Whether asking for a tier below the device can give more than asking for the device."""
+        of_model = self._models.get((model, block_size_tokens))
+        return of_model is not None and of_model.has_lower_tiers
 
     def held(self, instance: InstanceId, tier: Tier = Tier.DEVICE) -> frozenset[SequenceHash]:
         """A copy of what a worker holds in a tier. Looks at all blocks of its model."""

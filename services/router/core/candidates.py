@@ -13,9 +13,6 @@ from typing import NamedTuple, overload
 
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 
-HOST_CREDIT, DISK_CREDIT = 0.75, 0.25
-"""What a block in host memory or on disk saves of computing it: it has to be fetched."""
-
 STEP_TOKENS = 1024
 """What an engine step with prompts in it takes beyond their tokens, in tokens: with Dynamo's mocker
 16.5 ms, where a token takes 0.015. A prompt that joins others in their step saves it."""
@@ -35,10 +32,17 @@ class TieredOverlap:
     def blocks(self) -> int:
         return self.device_blocks + self.host_blocks + self.disk_blocks
 
-    @property
-    def missing_credit_blocks(self) -> float:
-        """By how much it saves less than as many blocks on the device."""
-        return (1 - HOST_CREDIT) * self.host_blocks + (1 - DISK_CREDIT) * self.disk_blocks
+    def brought_up(self, device_blocks: int) -> TieredOverlap:
+        """With at least so many leading blocks on the device, from wherever they come."""
+        if device_blocks <= self.device_blocks:
+            return self
+        held = max(device_blocks, self.device_blocks + self.host_blocks)
+        return TieredOverlap(device_blocks, held - device_blocks, max(0, self.blocks - held))
+
+    def missing_credit_blocks(self, host_credit: float, disk_credit: float) -> float:
+        """By how much it saves less than as many blocks on the device, when a block in host memory
+        or on disk, which has to be fetched, saves so much of computing it."""
+        return (1 - host_credit) * self.host_blocks + (1 - disk_credit) * self.disk_blocks
 
 
 Overlaps = Mapping[InstanceId, int | TieredOverlap]
@@ -59,6 +63,14 @@ class Candidate(NamedTuple):
     requests: int = 0
     stalled_tokens: int = 0
     overflow_tokens: int = 0
+    host_blocks: int = 0
+    """The last ones of the overlap before those on disk, that it would load from host memory."""
+    disk_blocks: int = 0
+
+    @property
+    def held_tokens(self) -> int:
+        """Of the prompt, in whatever tier."""
+        return self.overlap_blocks * self.worker.block_size_tokens
 
     @property
     def booking(self) -> Booking:
@@ -77,9 +89,12 @@ class Candidates(Sequence[Candidate]):
         prompt_tokens: int,
         block_size_tokens: int,
         is_prefill_local: bool,
+        host_credit: float,
+        disk_credit: float,
         session_worker: InstanceId | None = None,
     ) -> None:
-        """`is_prefill_local`: whether whoever is chosen computes the prompt."""
+        """`is_prefill_local`: whether whoever is chosen computes the prompt. Credits: as in
+        policies.Weights."""
         self.workers = workers
         self.costs: Sequence[float] = [0.0] * len(workers)
         """In the order of `workers`."""
@@ -96,11 +111,12 @@ class Candidates(Sequence[Candidate]):
         # Blocks in use by this prompt, if none of it is held.
         self._needed = {size: -(-prompt_tokens // size) for size in sizes}
         self.overlap_blocks = [0] * len(workers)
-        """Leading blocks of the prompt held."""
-        self._uncredited_tokens: dict[int, float] = {}
+        """Leading blocks of the prompt held, in all tiers."""
+        self._tiered: dict[int, TieredOverlap] = {}
         """By position, of workers that hold some of it in lower tiers."""
         if overlaps and block_size_tokens in sizes:
             self._read(overlaps, block_size_tokens)
+        self._credits = host_credit, disk_credit
         self.new_tokens = self._new_tokens(block_size_tokens) if is_prefill_local else None
         """Prompt tokens that the worker would compute; None when they are computed elsewhere."""
         self.decode_tokens = self._decode_tokens()
@@ -123,7 +139,7 @@ class Candidates(Sequence[Candidate]):
             for worker in self.workers
         ]
         blocks = [
-            one if isinstance(one, int) else self._tiered(position, one, block_size_tokens)
+            one if isinstance(one, int) else self._all_blocks(position, one)
             for position, one in enumerate(found)
         ]
         # Whoever says more than there is holds all there is.
@@ -132,17 +148,27 @@ class Candidates(Sequence[Candidate]):
             blocks = [min(one, full_blocks) for one in blocks]
         self.overlap_blocks = blocks
 
-    def _tiered(self, position: int, overlap: TieredOverlap, block_size_tokens: int) -> int:
-        self._uncredited_tokens[position] = overlap.missing_credit_blocks * block_size_tokens
+    def _all_blocks(self, position: int, overlap: TieredOverlap) -> int:
+        self._tiered[position] = overlap
         return overlap.blocks
 
     def _new_tokens(self, block_size_tokens: int) -> list[int]:
         # The last token is always computed: its logits give the first output token.
         prompt = self._prompt_tokens
         new = [prompt - blocks * block_size_tokens or 1 for blocks in self.overlap_blocks]
-        for position, tokens in self._uncredited_tokens.items():
-            new[position] = round(new[position] + tokens)
+        for position, overlap in self._tiered.items():
+            loading = overlap.missing_credit_blocks(*self._credits) * block_size_tokens
+            new[position] = round(new[position] + loading)
         return new
+
+    def _on_device(self) -> list[int]:
+        """Leading blocks that need no room on the device any more."""
+        if not self._tiered:
+            return self.overlap_blocks
+        blocks = list(self.overlap_blocks)
+        for position, overlap in self._tiered.items():
+            blocks[position] = min(blocks[position], overlap.device_blocks)
+        return blocks
 
     def _decode_tokens(self) -> list[int]:
         if not self.is_decoding:
@@ -152,12 +178,12 @@ class Candidates(Sequence[Candidate]):
             [(size, blocks)] = needed.items()
             return [
                 (worker.active_kv_blocks + blocks - held) * size
-                for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
+                for worker, held in zip(self.workers, self._on_device(), strict=True)
             ]
         return [
             (worker.active_kv_blocks + needed[worker.block_size_tokens] - held)
             * worker.block_size_tokens
-            for worker, held in zip(self.workers, self.overlap_blocks, strict=True)
+            for worker, held in zip(self.workers, self._on_device(), strict=True)
         ]
 
     def _stalled_tokens(self) -> list[int]:
@@ -189,7 +215,9 @@ class Candidates(Sequence[Candidate]):
         """The candidate at a position of `workers`."""
         worker = self.workers[position]
         held = self.overlap_blocks[position]
-        new_blocks = self._needed[worker.block_size_tokens] - held
+        tiered = self._tiered.get(position)
+        on_device = held if tiered is None else min(held, tiered.device_blocks)
+        new_blocks = self._needed[worker.block_size_tokens] - on_device
         return Candidate(
             worker,
             held,
@@ -201,6 +229,8 @@ class Candidates(Sequence[Candidate]):
             self.requests[position],
             self.stalled_tokens[position],
             self.overflow_tokens[position],
+            0 if tiered is None else tiered.host_blocks,
+            0 if tiered is None else tiered.disk_blocks,
         )
 
     def __len__(self) -> int:

@@ -226,8 +226,8 @@ def _handover(
     uncached = local.new_prefill_tokens
     if uncached < policy.min_remote_prefill_tokens:
         return Handover.SHORT
-    cached = request.prompt_tokens - uncached
-    if cached >= policy.max_local_overlap * request.prompt_tokens:
+    # In whatever tier: what has to be loaded would come from elsewhere no sooner.
+    if local.held_tokens >= policy.max_local_overlap * request.prompt_tokens:
         return Handover.HELD
     return Handover.REMOTE
 
@@ -254,6 +254,8 @@ def _weighed(
         block_size_tokens=request.block_size_tokens,
         is_prefill_local=is_prefill_local,
         session_worker=request.session_worker,
+        host_credit=policy.host_credit,
+        disk_credit=policy.disk_credit,
     )
     name = policy.decode_policy if candidates.is_decoding else policy.prefill_policy
     candidates.costs = POLICIES[name](candidates, policy, random)

@@ -40,8 +40,7 @@ class Record:
 
     def predicted_cached_tokens(self, candidate: Candidate) -> int:
         """Prompt tokens that a candidate was thought to hold. The last one is always computed."""
-        held = candidate.overlap_blocks * candidate.worker.block_size_tokens
-        return min(held, self.prompt_tokens - 1)
+        return min(candidate.held_tokens, self.prompt_tokens - 1)
 
     def hand_over(self, later: Record) -> None:
         """A prefill worker has computed the prompt, and this was decided on its decode leg then."""

@@ -61,8 +61,10 @@ class KnownOverlap:
                 held[worker.instance_id] = worker.holdings.overlap(prompt, now)
         for instance, blocks in self._predicted.overlap(prompt).items():
             known = held.get(instance, 0)
-            if blocks > (known if isinstance(known, int) else known.blocks):
-                held[instance] = blocks
+            if isinstance(known, int):
+                held[instance] = max(known, blocks)
+            else:
+                held[instance] = known.brought_up(blocks)
         return held
 
     def _forget(self, now: float) -> None:

@@ -16,7 +16,7 @@ from libs.engine.interface import (
     EngineHash,
     EngineKvEvent,
 )
-from libs.worker.core import kv_ledger
+from libs.worker.core import numbering
 from libs.worker.core.kv_ledger import KvLedger
 
 BLOCK_SIZE_TOKENS = 2
@@ -167,7 +167,7 @@ def test_numbers_go_up_only_with_changes_and_a_heartbeat_repeats_the_last() -> N
 
 
 def test_more_changes_than_a_message_takes_are_cut_into_several_batches() -> None:
-    blocks = kv_ledger.MAX_BATCH_BLOCKS + 1
+    blocks = numbering.MAX_BATCH_BLOCKS + 1
     ledger = KvLedger(1, epoch=1)
     names = tuple(EngineHash(number.to_bytes(4)) for number in range(blocks))
     ledger.apply([EngineBlocksStored(names, None, range(blocks))])

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from libs.common.errors import InvalidRequest, KvBatchesGone
 from libs.common.hashing import sequence_hashes
-from libs.common.kv_events import all_subjects, subject
+from libs.common.kv_events import Tier, all_subjects, subject
 from libs.common.nats_client import connecting
 from libs.common.tasks import background
 from libs.engine.interface import EngineBlocksStored, EngineHash
@@ -153,7 +153,7 @@ async def test_a_snapshot_comes_in_pieces_that_agree_on_their_number() -> None:
         tokens, BLOCK_SIZE_TOKENS
     )
     assert (first.epoch, first.sequence_number) == (second.epoch, second.sequence_number)
-    assert publisher.cached_blocks() == kv_publisher.SNAPSHOT_MESSAGE_BLOCKS + 1
+    assert publisher.cached_blocks() == {Tier.DEVICE: kv_publisher.SNAPSHOT_MESSAGE_BLOCKS + 1}
 
 
 async def test_an_empty_cache_is_one_empty_piece() -> None:

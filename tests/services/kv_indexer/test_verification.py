@@ -166,7 +166,9 @@ async def test_calls_at_the_same_time_take_turns() -> None:
     assert most == 1
 
 
-def test_the_table_has_a_line_for_each_worker_and_for_an_indexer_that_says_nothing() -> None:
+def test_the_table_has_a_line_for_each_worker_and_tier_and_for_an_indexer_that_says_nothing() -> (
+    None
+):
     comparisons = [
         kv_indexer_pb2.Comparison(
             instance_id=1,
@@ -177,7 +179,16 @@ def test_the_table_has_a_line_for_each_worker_and_for_an_indexer_that_says_nothi
             evicted_blocks=2,
         ),
         kv_indexer_pb2.Comparison(
-            instance_id=2, model="m", only_in_index_blocks=1, only_in_index_examples=[0xAB]
+            instance_id=2,
+            model="m",
+            equal_blocks=5,
+            lower_tiers=[
+                kv_indexer_pb2.TierComparison(
+                    tier=kv_events_pb2.TIER_HOST,
+                    only_in_index_blocks=1,
+                    only_in_index_examples=[0xAB],
+                )
+            ],
         ),
         kv_indexer_pb2.Comparison(instance_id=3, model="m", failure="gone"),
     ]
@@ -186,8 +197,14 @@ def test_the_table_has_a_line_for_each_worker_and_for_an_indexer_that_says_nothi
     unnamed, unreachable = "0000000000000002", "0000000000000003"
     example = ["only", "in", "index:", "00000000000000ab"]
     assert lines[1:] == [
-        ["indexer-0", "decode_worker-0", "m", "100", "0", "0", "2", "2", "equal"],
-        ["indexer-0", unnamed, "m", "0", "1", "0", "0", "0", *example],
-        ["indexer-0", unreachable, "m", "-", "-", "-", "-", "-", "gone"],
-        ["indexer-1", "-", "-", "-", "-", "-", "-", "-", "UNAVAILABLE"],
+        ["indexer-0", "decode_worker-0", "m", "device", "100", "0", "0", "2", "2", "equal"],
+        ["indexer-0", unnamed, "m", "device", "5", "0", "0", "0", "0", "equal"],
+        ["indexer-0", unnamed, "m", "host", "0", "1", "0", "0", "0", *example],
+        ["indexer-0", unreachable, "m", "-", "-", "-", "-", "-", "-", "gone"],
+        ["indexer-1", "-", "-", "-", "-", "-", "-", "-", "-", "UNAVAILABLE"],
+    ]
+    assert [verify.verdict(Answer("", [each])) for each in comparisons] == [
+        EQUAL,
+        DIFFERENT,
+        NOT_COMPARED,
     ]

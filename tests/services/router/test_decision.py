@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.router.core.candidates import TieredOverlap
 from services.router.core.decision import (
     Decision,
     Handover,
@@ -176,6 +177,18 @@ def test_a_decision_says_why_the_prompt_is_computed_where_it_is() -> None:
     assert why(longer, workers, 800) is Handover.HELD
     assert why(replace(LONG, prompt=Prompt.LOCAL), workers) is Handover.LOCAL
     assert why(replace(LONG, prompt=Prompt.COMPUTED), workers) is Handover.COMPUTED
+
+
+def test_a_prompt_that_the_decode_worker_has_in_host_memory_is_not_handed_over() -> None:
+    workers = [worker(1), worker(2, Role.PREFILL)]
+    held = {InstanceId(1): TieredOverlap(device_blocks=20, host_blocks=60)}
+    decision = decide(replace(LONG, prompt_tokens=1_000), workers, held, POLICY, Random(0))
+    assert decision is not None
+    # 200 tokens to compute, and what loading 600 costs: more than would be worth a handover.
+    assert decision.whole.new_prefill_tokens == 200 + 150
+    assert decision.handover is Handover.HELD
+    # What is to be loaded needs room on the device.
+    assert decision.whole.new_kv_blocks == 80
 
 
 def test_a_decision_says_why_the_worker_won() -> None:

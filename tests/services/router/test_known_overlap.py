@@ -61,7 +61,8 @@ def test_what_is_on_its_way_takes_nothing_from_what_the_index_tells() -> None:
     known.sent(worker(1), PROMPTS[2])  # Has two strides in common with PROMPT.
     tiered = TieredOverlap(device_blocks=10, host_blocks=10)
     assert known.overlaps(PROMPT, {FIRST: 20, SECOND: 3}, [], 0) == {FIRST: 20, SECOND: 3}
-    assert known.overlaps(PROMPT, {FIRST: tiered}, [], 0) == {FIRST: tiered}
+    on_its_way = TieredOverlap(device_blocks=16, host_blocks=4)
+    assert known.overlaps(PROMPT, {FIRST: tiered}, [], 0) == {FIRST: on_its_way}
     assert known.overlaps(PROMPT, {FIRST: 3}, [], 0) == {FIRST: 2 * STRIDE_BLOCKS}
 
 

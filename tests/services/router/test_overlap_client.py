@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from libs.common.discovery import Table
 from libs.common.grpc_server import serving
 from libs.common.tasks import background
+from services.router.core.candidates import TieredOverlap
 from services.router.degraded import Degraded
 from services.router.overlap_client import OverlapClient
 from switchgear.discovery.v1 import discovery_pb2
@@ -103,10 +104,26 @@ async def asking(
         yield client
 
 
+async def test_blocks_in_lower_tiers_are_told_apart() -> None:
+    indexer = Indexer()  # type: ignore[abstract]
+    overlap = kv_indexer_pb2.Overlap(
+        instance_ids=[HOLDER, 8, 9], blocks=[1, 2, 0], host_blocks=[3, 0, 4]
+    )
+    indexer.babble = kv_indexer_pb2.FindOverlapResponse(overlaps=[overlap])
+    async with asking(indexer) as client:
+        assert await client.find([QUERY]) == [
+            {HOLDER: TieredOverlap(1, 3), 8: 2, 9: TieredOverlap(0, 4)}
+        ]
+
+
 MALFORMED = pytest.mark.parametrize(
     "overlaps",
-    [[], [kv_indexer_pb2.Overlap(instance_ids=[HOLDER, 8], blocks=[1])]],
-    ids=["too few", "ids without blocks"],
+    [
+        [],
+        [kv_indexer_pb2.Overlap(instance_ids=[HOLDER, 8], blocks=[1])],
+        [kv_indexer_pb2.Overlap(instance_ids=[HOLDER, 8], blocks=[1, 1], host_blocks=[1])],
+    ],
+    ids=["too few", "ids without blocks", "ids without blocks in host memory"],
 )
 
 

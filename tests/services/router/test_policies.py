@@ -222,6 +222,9 @@ def test_blocks_in_lower_tiers_count_for_less() -> None:
     decision = decided(workers, overlaps)
     new = {c.worker.instance_id: c.new_prefill_tokens for c in decision.decode_candidates}
     assert new == {1: 32, 2: 40, 3: 56, 4: 64}
+    decision = decided(workers, overlaps, policy=Policy(host_credit=1.0, disk_credit=0.5))
+    new = {c.worker.instance_id: c.new_prefill_tokens for c in decision.decode_candidates}
+    assert new == {1: 32, 2: 32, 3: 48, 4: 64}
 
 
 def test_a_session_stays_until_its_worker_is_busier_by_what_it_is_worth() -> None:

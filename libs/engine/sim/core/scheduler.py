@@ -8,7 +8,9 @@ In between the driver lets that time pass, on whatever clock it has, and may sub
                  3. waiting requests are admitted in order of priority, then of arrival
     end_step     4. tokens are drawn, full blocks are published, sequences end
 
-A prompt that is to be embedded ends where another would get its first token.
+A prompt that is to be embedded ends where another would get its first token. One of which the host
+tier holds what the device does not is admitted, waits for that to be loaded, beside the steps, and
+then goes on as a prompt under way.
 
 When no block is left in 1 or 2, the youngest running sequence of the last priority gives up its
 own and starts again later; what it has published is likely to be still cached then. The oldest one
@@ -31,6 +33,7 @@ from libs.common.errors import (
     TransferFailed,
 )
 from libs.engine.interface import (
+    EngineHash,
     EngineKvEvent,
     EngineLoad,
     EngineRequest,
@@ -47,6 +50,7 @@ from libs.engine.interface import (
 )
 from libs.engine.sim.core import tokens as token_states
 from libs.engine.sim.core.embedding import embedding
+from libs.engine.sim.core.host_tier import HostLink, HostTier, TieredPool
 from libs.engine.sim.core.pool import BlockPool
 from libs.engine.sim.core.sequence import Phase, Sequence
 from libs.engine.sim.core.timing import StepWork, TimingModel
@@ -71,6 +75,10 @@ class SchedulerLimits:
     """How long a prefill leg's KV is kept for whoever pulls it."""
     embedding_dimensions: int = 0
     """Length of the vectors that prompts become; 0 for an engine that generates."""
+    host_kv_blocks: int = 0
+    """Room in host memory for blocks that the device evicts; 0 for no host tier."""
+    host_load_seconds_per_block: float = 0.0
+    """What bringing back one of them takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +107,15 @@ class Scheduler:
         endpoints: tuple[str, ...] = (),
     ) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.total_kv_blocks, limits.block_size_tokens)
-        """For others to look at only."""
+        self.host = HostTier(limits.host_kv_blocks) if limits.host_kv_blocks else None
+        self.pool = (
+            BlockPool(limits.total_kv_blocks, limits.block_size_tokens)
+            if self.host is None
+            else TieredPool(limits.total_kv_blocks, limits.block_size_tokens, self.host)
+        )
+        """For others to look at only, as is the host tier."""
+        self.loaded_host_blocks = 0
+        """Brought back from the host tier."""
         self.endpoints = endpoints
         """Where other engines pull from, as host:port."""
         self.transfer_failures = 0
@@ -113,6 +128,9 @@ class Scheduler:
         self._sequences: dict[RequestKey, Sequence] = {}
         self._waiting: OrderedDict[RequestKey, Sequence] = OrderedDict()
         self._pulling: dict[RequestKey, Sequence] = {}
+        self._loading: dict[RequestKey, Sequence] = {}
+        """In the order in which they will be there."""
+        self._host_link = HostLink(limits.host_load_seconds_per_block)
         self._prefilling: dict[RequestKey, Sequence] = {}
         self._decoding: dict[RequestKey, Sequence] = {}
         self._kept: dict[str, Sequence] = {}
@@ -205,8 +223,10 @@ class Scheduler:
 
     def begin_step(self, now: float) -> float | None:
         """Chooses the next step's work. Returns the seconds it takes; None if there is nothing to
-        do until something is submitted, pulled, cancelled or released, or a lease expires."""
+        do until something is submitted, pulled, cancelled or released, or `next_expiry`."""
         self.expire(now)
+        if self._loading:
+            self._end_loads(now)
         self._chunks.clear()
         preemptions = self.preemptions
         self._make_room_to_decode()
@@ -246,7 +266,7 @@ class Scheduler:
     def load(self) -> EngineLoad:
         return EngineLoad(
             running_requests=len(self._decoding) + len(self._prefilling),
-            waiting_requests=len(self._waiting) + len(self._pulling),
+            waiting_requests=len(self._waiting) + len(self._pulling) + len(self._loading),
             queued_prefill_tokens=self._queued_prefill_tokens,
             active_kv_blocks=self.pool.active_blocks,
             total_kv_blocks=self.pool.total_blocks,
@@ -317,8 +337,13 @@ class Scheduler:
 
     @property
     def next_expiry(self) -> float | None:
-        """When `expire` is due next; None while nothing is kept."""
-        return self._next_expiry if self._kept else None
+        """When a lease is over or a load has come; None while nothing is kept and none is under
+        way."""
+        expiry = self._next_expiry if self._kept else None
+        if self._loading:
+            loaded_at = next(iter(self._loading.values())).loaded_at
+            return loaded_at if expiry is None else min(loaded_at, expiry)
+        return expiry
 
     def check_invariants(self) -> None:
         """For tests, between steps."""
@@ -331,6 +356,7 @@ class Scheduler:
         groups = {
             Phase.WAITING: self._waiting,
             Phase.PULLING: self._pulling,
+            Phase.LOADING: self._loading,
             Phase.PREFILLING: self._prefilling,
             Phase.DECODING: self._decoding,
             Phase.KEPT: {each.request.key: each for each in self._kept.values()},
@@ -345,7 +371,11 @@ class Scheduler:
                     assert not each.private_blocks
                 if phase is Phase.DECODING:
                     assert each.private_blocks == (each.room_tokens > 0)
-        assert self._running_or_pulling() <= self.limits.max_running_requests
+        assert self._running_or_coming() <= self.limits.max_running_requests
+        if self.host is not None:
+            self.host.check_invariants()
+            reading = Counter(block for each in everyone for block in each.loading)
+            assert {block: n for block, n in self.host.readers().items() if n} == reading
 
     # Choosing the work of a step
 
@@ -369,7 +399,7 @@ class Scheduler:
         return budget_tokens
 
     def _admit(self, budget_tokens: int, now: float) -> None:
-        while self._waiting and self._running_or_pulling() < self.limits.max_running_requests:
+        while self._waiting and self._running_or_coming() < self.limits.max_running_requests:
             sequence = self._next_waiting()
             if sequence.kv_session and not self._is_pullable(sequence, sequence.kv_session, now):
                 self._drop_session(sequence)
@@ -378,9 +408,14 @@ class Scheduler:
             self._hash_full_blocks(sequence, len(sequence.tokens))
             # Of a prompt that is cached whole, the last token must still be computed.
             block_size = self.limits.block_size_tokens
-            cached_blocks = self.pool.cached_prefix(
-                sequence.hashes, (len(sequence.tokens) - 1) // block_size
-            )
+            most_blocks = (len(sequence.tokens) - 1) // block_size
+            cached_blocks = self.pool.cached_prefix(sequence.hashes, most_blocks)
+            if self.host is not None and not sequence.kv_session:
+                coming = self.host.prefix(sequence.hashes, cached_blocks, most_blocks)
+                if coming:
+                    if not self._load(self.host, sequence, cached_blocks, coming, now):
+                        return
+                    continue
             missing_tokens = len(sequence.tokens) - cached_blocks * block_size
             count = missing_tokens if sequence.kv_session else min(budget_tokens, missing_tokens)
             private_blocks = -(-count // block_size)
@@ -415,6 +450,57 @@ class Scheduler:
                 self._chunks.append((sequence, count))
                 budget_tokens -= count
 
+    def _load(
+        self,
+        host: HostTier,
+        sequence: Sequence,
+        cached_blocks: int,
+        blocks: list[EngineHash],
+        now: float,
+    ) -> bool:
+        """Admits a sequence and has its next blocks loaded; False, and nothing has changed, when
+        the device has no room for them."""
+        # Making room there fills the host tier, which is not to drop these for it.
+        host.begin_read(blocks)
+        if not self.pool.acquire(sequence.hashes[:cached_blocks], len(blocks)):
+            host.end_read(blocks)
+            return False
+        block_size = self.limits.block_size_tokens
+        key = sequence.request.key
+        del self._waiting[key]
+        sequence.held_blocks = cached_blocks
+        sequence.private_blocks = len(blocks)
+        sequence.computed_tokens = cached_blocks * block_size
+        held_tokens = sequence.computed_tokens + len(blocks) * block_size
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.admitted_at = now
+            sequence.cached_tokens = held_tokens
+        sequence.phase = Phase.LOADING
+        sequence.loading = blocks
+        sequence.loaded_at = self._host_link.load(len(blocks), now)
+        self._loading[key] = sequence
+        self._set_pending_prefill(sequence, len(sequence.tokens) - held_tokens)
+        return True
+
+    def _end_loads(self, now: float) -> None:
+        """Goes on with the prompts whose blocks have come from the host tier."""
+        for key, sequence in list(self._loading.items()):
+            if sequence.loaded_at > now:
+                return
+            self.loaded_host_blocks += len(sequence.loading)
+            sequence.computed_tokens += len(sequence.loading) * self.limits.block_size_tokens
+            self._end_load(sequence)
+            self._publish_full_blocks(sequence)
+            sequence.phase = Phase.PREFILLING
+            self._prefilling[key] = sequence
+
+    def _end_load(self, sequence: Sequence) -> None:
+        assert self.host is not None
+        del self._loading[sequence.request.key]
+        self.host.end_read(sequence.loading)
+        sequence.loading = []
+
     def _next_waiting(self) -> Sequence:
         if self._has_priorities:
             # The first one among equals.
@@ -437,8 +523,9 @@ class Scheduler:
             self.pool.active_blocks / self.pool.total_blocks,
         )
 
-    def _running_or_pulling(self) -> int:
-        return len(self._decoding) + len(self._prefilling) + len(self._pulling)
+    def _running_or_coming(self) -> int:
+        running = len(self._decoding) + len(self._prefilling)
+        return running + len(self._pulling) + len(self._loading)
 
     def _is_pullable(self, sequence: Sequence, session: KvSession, now: float) -> bool:
         return (
@@ -653,6 +740,8 @@ class Scheduler:
                 del self._waiting[key]
             case Phase.PULLING:
                 del self._pulling[key]
+            case Phase.LOADING:
+                self._end_load(sequence)
             case Phase.PREFILLING:
                 del self._prefilling[key]
             case Phase.DECODING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from libs.engine.interface import EngineRequest, KvSession
+from libs.engine.interface import EngineHash, EngineRequest, KvSession
 
 
 class Phase(Enum):
@@ -12,6 +12,8 @@ class Phase(Enum):
     """For room. Has no blocks."""
     PULLING = auto()
     """Has blocks for its whole prompt, whose KV is on its way from another engine."""
+    LOADING = auto()
+    """Has blocks for what is on its way from the host tier."""
     PREFILLING = auto()
     DECODING = auto()
     KEPT = auto()
@@ -37,6 +39,8 @@ class Sequence:
         "is_started",
         "kv_session",
         "length_limit_tokens",
+        "loaded_at",
+        "loading",
         "pending_prefill_tokens",
         "phase",
         "private_blocks",
@@ -90,6 +94,10 @@ class Sequence:
         """When that was for the first time."""
         self.transfer_seconds = 0.0
         """How long its KV was being pulled."""
+        self.loading: list[EngineHash] = []
+        """While loading: what is read from the host tier, following the held blocks."""
+        self.loaded_at = 0.0
+        """While loading: when that will be there."""
         self.cached_tokens = 0
         self.transferred_tokens = 0
         self.kv_session: KvSession | None = request.kv_session

@@ -26,3 +26,8 @@ class Weights:
     """Price of a token's KV beyond what the worker has room for."""
     session_tokens: float = 1024.0
     """What it is worth to keep a session on its worker; a busier one loses it."""
+    host_credit: float = 0.75
+    """What a block in host memory saves of computing it: it has to be loaded. Measured in
+    docs/decisions/2026-11-23-kv-tiers.md."""
+    disk_credit: float = 0.25
+    """Likewise of one on disk."""

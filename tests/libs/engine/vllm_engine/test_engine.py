@@ -6,6 +6,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,8 +148,9 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(leg: Leg) -> AsyncIterator[Bench]:
+async def bench(leg: Leg, *, has_host_tier: bool = False) -> AsyncIterator[Bench]:
     vllm, sink = FakeVllm(), Recording()
+    vllm.info = replace(INFO, has_host_tier=has_host_tier)
 
     async def load(settings: VllmSettings) -> Vllm:
         return vllm
@@ -156,7 +158,7 @@ async def bench(leg: Leg) -> AsyncIterator[Bench]:
     engine = VllmEngine(
         VllmSettings(model=Path("model"), leg=leg, transfer_timeout_seconds=0.0), load
     )
-    assert await engine.start(sink) == INFO
+    assert await engine.start(sink) == vllm.info
     try:
         yield Bench(engine, vllm, sink)
     finally:
@@ -444,6 +446,28 @@ async def test_a_decode_leg_pulls_and_reports_what_it_pulled(decode: Bench) -> N
     assert step.starts == [Start(RequestKey(1), 0, 40)]
     counters = decode.engine.counters()
     assert (counters.transferred_blocks, counters.transfer_failures) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("leg", "local", "external", "cached", "pulled"),
+    [
+        (Leg.WHOLE, 0, 32, 32, 0),
+        (Leg.DECODE, 0, 40, 0, 40),
+        (Leg.DECODE, 32, 8, 32, 8),
+        # The pull came too late, and the host tier had a block.
+        (Leg.DECODE, 0, 32, 32, 0),
+    ],
+)
+async def test_what_vllm_calls_external_is_a_pull_or_from_host_memory(
+    leg: Leg, local: int, external: int, cached: int, pulled: int
+) -> None:
+    async with bench(Leg.DECODE, has_host_tier=True) as it:
+        await it.submit(request_of(1, leg, kv_session=session() if leg is Leg.DECODE else None))
+        step = it.step(("1.0", output([5], cached=local, pulled=external)))
+        assert step.starts == [Start(RequestKey(1), cached, pulled)]
+        counters = it.engine.counters()
+        assert counters.loaded_host_blocks == (0 if pulled else 1)
+        assert counters.transfer_failures == (leg is Leg.DECODE and not pulled)
 
 
 async def test_the_wait_before_a_request_runs_is_its_queue_or_its_pull(decode: Bench) -> None:

@@ -3,13 +3,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from libs.common.kv_events import Tier
 from libs.engine.interface import (
     EngineBlocksRemoved,
     EngineBlocksStored,
     EngineCacheCleared,
     EngineHash,
 )
-from libs.engine.vllm_engine.kv_events import KvEventDecoder
+from libs.engine.vllm_engine.kv_events import MAX_LATE_SALTS, KvEventDecoder
 
 
 def batch(*events: dict[str, Any]) -> bytes:
@@ -105,3 +106,46 @@ def test_only_the_first_group_of_blocks_counts() -> None:
 def test_another_format_is_an_error() -> None:
     with pytest.raises(msgspec.DecodeError):
         KvEventDecoder().decode(batch({"type": "BlockMoved"}))
+
+
+def test_each_medium_is_a_tier() -> None:
+    events = KvEventDecoder().decode(
+        batch(
+            stored([1], None),
+            stored([1], None, medium="CPU"),
+            {"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU"},
+            {"type": "BlockRemoved", "block_hashes": [1], "medium": "CPU"},
+            stored([1], None, medium="STORAGE"),
+            stored([1], None, medium="TAPE"),
+        )
+    )
+    assert [event.tier for event in events if not isinstance(event, EngineCacheCleared)] == [
+        Tier.DEVICE,
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.HOST,
+        Tier.DISK,
+    ]
+
+
+def test_a_copy_in_host_memory_has_its_blocks_salt_even_when_the_gpu_has_dropped_it() -> None:
+    decoder = KvEventDecoder()
+    decoder.decode(batch(stored([1, 2], None, extra_keys=[["tenant"], None])))
+    decoder.decode(batch({"type": "BlockRemoved", "block_hashes": [2], "medium": "GPU"}))
+    copies = decoder.decode(batch(stored([1], None, medium="CPU"), stored([2], 1, medium="CPU")))
+    assert [copy.cache_salt for copy in copies if isinstance(copy, EngineBlocksStored)] == [
+        "tenant",
+        "tenant",
+    ]
+
+
+def test_salts_of_blocks_that_the_gpu_dropped_are_not_kept_for_ever() -> None:
+    decoder = KvEventDecoder()
+    hashes = list(range(1, MAX_LATE_SALTS + 2))
+    decoder.decode(batch(stored(hashes, None, extra_keys=[["tenant"], *[None] * MAX_LATE_SALTS])))
+    decoder.decode(batch({"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU"}))
+    copies = decoder.decode(batch(stored([1], None, medium="CPU"), stored([2], 1, medium="CPU")))
+    assert [copy.cache_salt for copy in copies if isinstance(copy, EngineBlocksStored)] == [
+        "",
+        "tenant",
+    ]

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 from libs.common import hashing
+from libs.common.kv_events import Tier
 from libs.engine.interface import (
     EngineBlocksRemoved,
     EngineBlocksStored,
@@ -176,10 +177,17 @@ class Replay:
 
     def __init__(self) -> None:
         self.parents: dict[EngineHash, EngineHash | None] = {}
+        self.in_host: set[EngineHash] = set()
 
     def apply(self, events: Sequence[EngineKvEvent]) -> None:
         for event in events:
             match event:
+                case EngineBlocksStored(tier=Tier.HOST):
+                    assert set(event.engine_hashes) <= self.parents.keys()
+                    self.in_host.update(event.engine_hashes)
+                case EngineBlocksRemoved(tier=Tier.HOST):
+                    assert set(event.engine_hashes) <= self.in_host
+                    self.in_host.difference_update(event.engine_hashes)
                 case EngineBlocksStored():
                     parent = event.parent
                     assert len(event.token_ids) == len(event.engine_hashes) * BLOCK_SIZE_TOKENS
@@ -194,6 +202,7 @@ class Replay:
                     assert not set(event.engine_hashes) & set(self.parents.values())
                 case EngineCacheCleared():
                     self.parents.clear()
+                    self.in_host.clear()
 
 
 def noting(works: list[StepWork]) -> Callable[[StepWork], float]:

@@ -27,6 +27,8 @@ indexes = st.integers(0, 1_000)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    host_kv_blocks = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.drive = Drive(
@@ -35,6 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 chunk_tokens=10,
                 max_running_requests=4,
                 context_length_tokens=40,
+                host_kv_blocks=self.host_kv_blocks,
+                host_load_seconds_per_block=0.7,
             )
         )
         self.replay = Replay()
@@ -148,6 +152,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.drive.events.clear()
         cached = self.drive.scheduler.pool.holders()
         assert set(self.replay.parents) == set(map(engine_hash, cached))
+        host = self.drive.scheduler.host
+        assert self.replay.in_host == (set() if host is None else set(host.readers()))
 
     @invariant()
     def outputs_are_as_defined(self) -> None:
@@ -183,5 +189,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (load.active_kv_blocks, load.queued_prefill_tokens) == (0, 0)
 
 
+class TieredSchedulerMachine(SchedulerMachine):
+    host_kv_blocks = 9
+
+
+TestTieredScheduler = TieredSchedulerMachine.TestCase
+TestTieredScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
