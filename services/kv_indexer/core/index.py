@@ -295,7 +295,7 @@ class BlockIndex:
         self, instance: InstanceId, hashes: Sequence[SequenceHash], tier: Tier = Tier.DEVICE
     ) -> None:
         """Removes blocks from a tier. Those not held there change nothing, or were evicted and are
-        no longer counted as such."""
+        no longer counted as such. May evict others."""
         worker = self._workers[instance]
         model = worker.model
         for generation, holders, run in model.runs(hashes):
@@ -310,6 +310,9 @@ class BlockIndex:
             worker.held -= blocks
             self.blocks -= blocks
         self._shrink(model)
+        # Blocks that others still hold may need a set of holders that was not there.
+        if self.used_bytes > self._max_bytes:
+            self._make_room()
 
     def clear(self, instance: InstanceId) -> None:
         """Removes all of a worker's blocks, those evicted included.

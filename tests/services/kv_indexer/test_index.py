@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from libs.common import hashing
@@ -363,6 +363,17 @@ def test_a_roomy_index_agrees_with_sets(
     st.lists(operations, min_size=10, max_size=80),
     st.lists(paths, max_size=5),
     st.integers(1, 20),
+)
+@example(
+    [
+        *[("store", "a", (), Tier.DEVICE)] * 6,
+        ("store", "b", (0, 1, 0), Tier.DEVICE),
+        ("store", "c", (0, 1, 0), Tier.DEVICE),
+        ("store", "a", (1,), Tier.DEVICE),
+        ("discard", "b", (0, 1), Tier.DEVICE),
+    ],
+    [],
+    3,
 )
 def test_a_full_index_holds_a_prefix_closed_part_and_counts_the_rest(
     script: list[tuple[str, str, Path, Tier]], prompts: list[Path], room_blocks: int
