@@ -325,30 +325,42 @@ class _Doubted:
 
     def __init__(self, table: Table[Any]) -> None:
         self._table = table
-        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._batches: dict[Key, set[Key]] = {}
+        """With which others each was added, those that are still in doubt."""
+        self._timers: set[asyncio.TimerHandle] = set()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for timer in self._timers.values():
+        for timer in self._timers:
             timer.cancel()
 
     def add(self, keys: Collection[Key]) -> None:
-        if keys:
-            timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._drop, tuple(keys))
-            self._timers.update(dict.fromkeys(keys, timer))
+        loop, batch = asyncio.get_running_loop(), set(keys)
+        for key in batch:
+            self.discard(key)
+
+        def drop() -> None:
+            self._timers.discard(timer)
+            self._drop(batch)
+
+        timer = loop.call_later(LEASE_SECONDS, drop)
+        self._timers.add(timer)
+        self._batches.update(dict.fromkeys(batch, batch))
 
     def discard(self, key: Key) -> None:
         """It is there."""
-        self._timers.pop(key, None)
+        if (batch := self._batches.pop(key, None)) is not None:
+            batch.remove(key)
 
-    def _drop(self, keys: Collection[Key]) -> None:
-        gone = {key for key in keys if self._timers.pop(key, None) is not None}
+    def _drop(self, gone: Collection[Key]) -> None:
+        for key in gone:
+            del self._batches[key]
         if gone:
             log.info("entries did not come back", keys=["/".join(key) for key in gone])
             entries = self._table.entries
-            self._table.replace({key: entries[key] for key in entries.keys() - gone})
+            self._table.replace({key: entries[key] for key in entries if key not in gone})
 
 
 def _key(root: bytes, key: bytes) -> Key:

@@ -34,11 +34,8 @@ class WaitingRoom:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, retry: Retry, record: Record, arrived_at: float) -> bool:
-        """Holds a request for which a decision has found no room; False when too many are held. A
-        retry that is held already stays."""
+        """Holds a request for which a decision has found no room; False when too many are held."""
         held = self._held[record.model]
-        if retry in held:
-            return True
         held_tokens = record.decision.decode_candidates.held_tokens()
         if not held.add(retry, arrived_at, record.prompt_tokens, held_tokens):
             return False

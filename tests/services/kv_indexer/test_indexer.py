@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -357,6 +357,20 @@ async def test_a_worker_that_left_leaves_the_index_at_once(nats_server: ServerPr
         assert list(indexer.statuses()) == []
 
 
+def indexer_that_asks(
+    fetch: Callable[[Worker], Awaitable[KvSnapshot]], *, recoveries_at_once: int
+) -> Indexer:
+    """One that hears no events, and gets snapshots from a function."""
+    return Indexer(
+        index=BlockIndex(1 << 30),
+        fetch_snapshot=fetch,
+        fetch_batches=partial(fetch_batches, timeout_seconds=5),
+        events_connection=lambda: 1,
+        silent_after_seconds=60,
+        recoveries_at_once=recoveries_at_once,
+    )
+
+
 async def test_few_workers_are_asked_at_once() -> None:
     asked: list[int] = []
     may_answer = asyncio.Event()
@@ -366,14 +380,7 @@ async def test_few_workers_are_asked_at_once() -> None:
         await may_answer.wait()
         return KvSnapshot(1, 1, [worker.instance])
 
-    indexer = Indexer(
-        index=BlockIndex(1 << 30),
-        fetch_snapshot=fetch,
-        fetch_batches=partial(fetch_batches, timeout_seconds=5),
-        events_connection=lambda: 1,
-        silent_after_seconds=60,
-        recoveries_at_once=2,
-    )
+    indexer = indexer_that_asks(fetch, recoveries_at_once=2)
     indexer.set_workers({i: Worker(i, "", MODEL, BLOCK_SIZE_TOKENS) for i in range(1, 6)})
     async with background(indexer.run()):
         await until(lambda: len(asked) == 2)
@@ -394,14 +401,7 @@ async def test_a_worker_may_leave_while_it_is_asked() -> None:
             indexer.set_workers({2: Worker(2, "", MODEL, BLOCK_SIZE_TOKENS)})
         return KvSnapshot(1, 1, [worker.instance])
 
-    indexer = Indexer(
-        index=BlockIndex(1 << 30),
-        fetch_snapshot=fetch,
-        fetch_batches=partial(fetch_batches, timeout_seconds=5),
-        events_connection=lambda: 1,
-        silent_after_seconds=60,
-        recoveries_at_once=1,
-    )
+    indexer = indexer_that_asks(fetch, recoveries_at_once=1)
     indexer.set_workers({1: Worker(1, "", MODEL, BLOCK_SIZE_TOKENS)})
     async with background(indexer.run()):
         await until(lambda: indexer.index.blocks == 1)
