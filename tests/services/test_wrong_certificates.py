@@ -21,7 +21,7 @@ from services.router.overlap_client import OverlapClient
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2
 from tests.fixtures.eventually import until
-from tests.libs.common.test_channels import server
+from tests.fixtures.mutual_tls import server
 
 Instances = Table[discovery_pb2.Instance]
 

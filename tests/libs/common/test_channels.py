@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -15,30 +13,11 @@ from libs.common import identity
 from libs.common.channels import Channels, open_blocking
 from libs.common.errors import CallerNotAllowed
 from libs.common.grpc_errors import from_rpc_error
-from libs.common.grpc_server import GrpcServer, ServerTls, serving
+from libs.common.grpc_server import serving
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.fixtures.mutual_tls import server
 
 COMPONENTS = ("frontend", "router", "kv_indexer", "prefill_worker", "decode_worker", "client")
-
-
-class Files(worker_pb2_grpc.WorkerServiceServicer):
-    """Has no model files to give; stands for any service of ours."""
-
-    async def GetModelFiles(
-        self, request: worker_pb2.GetModelFilesRequest, context: object
-    ) -> AsyncIterator[worker_pb2.GetModelFilesResponse]:
-        yield worker_pb2.GetModelFilesResponse(name="a")
-
-
-@asynccontextmanager
-async def server(folder: Path, component: str) -> AsyncIterator[GrpcServer]:
-    def add(server: grpc.aio.Server) -> None:
-        servicer = Files()  # type: ignore[abstract]
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-
-    tls = ServerTls(certificates.files_of(folder, component), component)
-    async with serving("127.0.0.1", 0, add, [], tls=tls, grace_seconds=0) as running:
-        yield running
 
 
 async def failure(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError | None:

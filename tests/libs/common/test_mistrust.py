@@ -19,8 +19,8 @@ from libs.common.grpc_server import serving
 from libs.common.mistrust import Problem, find_mistrust
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fixtures.eventually import until
+from tests.fixtures.mutual_tls import server
 from tests.fixtures.servers import free_port
-from tests.libs.common.test_channels import server
 
 
 @pytest.fixture(scope="module")
