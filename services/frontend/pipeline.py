@@ -26,6 +26,7 @@ from services.frontend.completion import LONG_PROMPT_TOKENS, Completion, TextReq
 from services.frontend.config import FrontendSettings
 from services.frontend.core.attempt import MigrationPolicy
 from services.frontend.embedding import Embedding, EmbeddingRequest
+from services.frontend.intake import Intake
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.models import Models, ServedModel
 from services.frontend.router_session import RouterSessions
@@ -105,6 +106,7 @@ class Pipeline:
         self.metrics = metrics
         self.is_draining = False
         """New requests are refused; running ones go on."""
+        self._intake = Intake()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -178,6 +180,7 @@ class Pipeline:
 
         `adds_special_tokens` matters to plain texts only.
         """
+        await self._intake.turn()
         tokenizer = model.tokenizer
         match prompt:
             case str():
@@ -194,6 +197,7 @@ class Pipeline:
         self, model: ServedModel, inputs: Sequence[Prompt], options: EmbeddingOptions
     ) -> list[list[int]]:
         """Tokens of each input, cut where that is asked for. Raises InvalidRequest."""
+        await self._intake.turn()
         context_tokens = model.facts.context_length_tokens
         most_tokens = options.truncate_tokens
         if most_tokens is not None and most_tokens > context_tokens:
