@@ -21,7 +21,6 @@ from libs.common.discovery import Table
 from libs.common.errors import NoLiveInstance, ProtocolViolation, SwitchgearError, WorkerLost
 from libs.common.tasks import background
 from services.frontend.core.logprobs import Position, positions_of
-from services.frontend.gathering import Gathering
 from services.frontend.rounds import Rounds
 from switchgear.common.v1 import generation_pb2, outputs_pb2
 from switchgear.discovery.v1 import discovery_pb2
@@ -389,10 +388,9 @@ class _RouterSession:
         # When the stream breaks the reader hears of it too, and tells.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await call.write(router_pb2.SessionRequest(window_responses=self._window_responses))
-            gathering = Gathering()
             while True:
                 await self._to_send.wait()
-                await gathering.before_sending()
+                await asyncio.sleep(0)  # What begins in this turn of the event loop goes along.
                 self._to_send.clear()
                 submits = self._take_submits()
                 cancels, self._cancels = self._cancels, []
@@ -404,7 +402,6 @@ class _RouterSession:
                         cancels=cancels,
                     )
                 )
-                gathering.sent()
 
     def _take_submits(self) -> list[router_pb2.Submit]:
         """What goes into the next message: all, unless they are many long prompts."""
