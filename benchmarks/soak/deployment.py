@@ -14,6 +14,9 @@ _STEP_MS = 4.0
 _KV_TOKENS = 65_536
 """Little, so that all caches and indexes are full long before the end of the warm-up."""
 
+_TOKEN_CACHE_BYTES = 2 << 20
+"""Little, for the same reason."""
+
 _KV_LEASE_SECONDS = 5
 """So that what clients left on their way from prefill to decode is gone soon."""
 
@@ -32,6 +35,7 @@ def make_deployment(model: Path, http_port: int) -> Deployment:
         flags={
             "prefill_worker": (*kv, "--kv-lease-seconds", str(_KV_LEASE_SECONDS)),
             "decode_worker": kv,
+            "frontend": ("--token-cache-bytes", str(_TOKEN_CACHE_BYTES)),
         },
     )
 

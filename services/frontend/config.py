@@ -81,6 +81,10 @@ class FrontendSettings(NatsSettings):
     of which costs as much as a small one. More of them were 20 % slower with 512 streams, and no
     faster with fewer streams."""
 
+    token_cache_bytes: int = Field(default=64 << 20, ge=0)
+    """Texts that were tokenised, with their tokens, for each model: what comes again is looked up.
+    The words of long texts take up to a third of that besides."""
+
     response_store: Literal["none", "nats"] = "none"
     """Where responses are kept for `previous_response_id` and `GET /v1/responses/ID`: `none` keeps
     nothing and refuses to; `nats` keeps them in a JetStream stream that all frontends share."""

@@ -49,7 +49,10 @@ async def serve(settings: FrontendSettings, stop: asyncio.Event) -> None:
         response_store(settings) as store,
     ):
         models = Models(
-            cards, instances, ModelFileStore(settings.cache_folder / "tokenizers", channels)
+            cards,
+            instances,
+            ModelFileStore(settings.cache_folder / "tokenizers", channels),
+            token_cache_bytes=settings.token_cache_bytes,
         )
         pipeline = Pipeline(settings, models, sessions, FrontendMetrics(), access)
 

@@ -66,10 +66,13 @@ class Models:
         cards: Table[discovery_pb2.ModelCard],
         instances: Table[discovery_pb2.Instance],
         store: ModelFileStore,
+        *,
+        token_cache_bytes: int,
     ) -> None:
         self._cards = cards
         self._instances = instances
         self._store = store
+        self._token_cache_bytes = token_cache_bytes
         self._known: dict[str, KnownModel] = {}
         self._aliases: dict[str, str] = {}
         self._tokenizers: dict[str, ModelTokenizer] = {}
@@ -179,7 +182,9 @@ class Models:
         ]
         try:
             files = await self._store.get(model.files_checksum, model.name, addresses)
-            tokenizer = await asyncio.to_thread(ModelTokenizer, files)
+            tokenizer = await asyncio.to_thread(
+                ModelTokenizer, files, cache_bytes=self._token_cache_bytes
+            )
         except (NoLiveInstance, ValueError) as error:
             log.warning("tokenizer not loaded", model=model.name, error=str(error))
             return False

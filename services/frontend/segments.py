@@ -19,11 +19,14 @@ from tokenizers import Tokenizer
 
 from services.frontend.words import WordEncoder
 
-MAX_BYTES = 64 << 20
+DEFAULT_BYTES = 64 << 20
 """Of all that is remembered of one tokenizer, about: texts and their tokens."""
 
 _ENTRY_BYTES = 200
 """Of a segment, besides its text and tokens."""
+
+BYTES_PER_WORD = 512
+"""For so many of these bytes one word may be remembered besides, which takes about 160."""
 
 
 class SegmentEncoder:
@@ -31,10 +34,10 @@ class SegmentEncoder:
     around a text. Safe to use from several threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_bytes: int = MAX_BYTES
+        self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_bytes: int = DEFAULT_BYTES
     ) -> None:
         """`settings` is what the tokenizer was made of, its tokenizer.json."""
-        self._words = WordEncoder(tokenizer, settings)
+        self._words = WordEncoder(tokenizer, settings, max_words=max_bytes // BYTES_PER_WORD)
         self._max_bytes = max_bytes
         self._borders = borders_of(settings)
         self._at_border = re.compile(f"({_longest_of(self._borders)})")

@@ -18,7 +18,7 @@ from services.frontend.detokenizer import (
     decodes_bytes,
 )
 from services.frontend.parsers.formats import detected
-from services.frontend.segments import SegmentEncoder
+from services.frontend.segments import DEFAULT_BYTES, SegmentEncoder
 
 _PROMPT_END_TOKENS = 32
 """Prompt tokens among which a mark at its end is found."""
@@ -39,8 +39,11 @@ def byte_letters() -> dict[str, int]:
 class ModelTokenizer:
     """Safe to use from several threads."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        """From the files of a model. Raises ValueError for files that can't be used."""
+    def __init__(self, files: Mapping[str, bytes], *, cache_bytes: int = DEFAULT_BYTES) -> None:
+        """From the files of a model; texts with their tokens are remembered in so many bytes.
+
+        Raises ValueError for files that can't be used.
+        """
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
             settings = orjson.loads(files["tokenizer.json"])
@@ -50,7 +53,7 @@ class ModelTokenizer:
             raise ValueError(f"unusable tokenizer files: {error!r}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._segments = SegmentEncoder(self._tokenizer, settings)
+        self._segments = SegmentEncoder(self._tokenizer, settings, max_bytes=cache_bytes)
         bos = config.get("bos_token")
         text = bos.get("content") if isinstance(bos, dict) else bos
         self._bos_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-MAX_WORDS = 131_072
+DEFAULT_WORDS = 131_072
 """Remembered of one tokenizer, in some 20 MB; then it starts anew."""
 
 MAX_WORD_CHARACTERS = 64
@@ -68,7 +68,7 @@ class WordEncoder:
     around a text. Safe to use from several threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_words: int = MAX_WORDS
+        self, tokenizer: Tokenizer, settings: dict[str, Any], *, max_words: int = DEFAULT_WORDS
     ) -> None:
         """`settings` is what the tokenizer was made of, its tokenizer.json."""
         self._tokenizer = tokenizer

@@ -146,7 +146,12 @@ async def frontend(
         access = await stack.enter_async_context(controlled_access(parsed, discovery))
         store = await stack.enter_async_context(response_store(parsed))
         sessions = RouterSessions(parsed.session_window_responses)
-        models = Models(known_cards, instances, ModelFileStore(folder / "tokenizers"))
+        models = Models(
+            known_cards,
+            instances,
+            ModelFileStore(folder / "tokenizers"),
+            token_cache_bytes=parsed.token_cache_bytes,
+        )
         metrics = FrontendMetrics(CollectorRegistry())
         pipeline = Pipeline(parsed, models, sessions, metrics, access)
         await stack.enter_async_context(sessions.following(instances))
