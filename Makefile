@@ -11,6 +11,9 @@ dynamo_stamp := .venv-dynamo/.lock-$(firstword $(shell cksum < $(dynamo_lock)))
 smg_lock := requirements/smg.txt
 smg_stamp := .venv-smg/.lock-$(firstword $(shell cksum < $(smg_lock)))
 vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
+# The index's compiled core: other sources or another compiler, another core.
+index_sources := $(sort $(wildcard services/kv_indexer/core/native/*)) scripts/block_index.sh
+index_stamp := .venv/.block_index-$(firstword $(shell { cat $(index_sources); command -v $(CXX); } | cksum))
 proto_stamp := build/proto/switchgear/py.typed
 code := $(wildcard libs services deploy tests benchmarks clients examples)
 
@@ -46,7 +49,7 @@ BENCH_ARGS ?=
 
 launcher := .venv/bin/python -m deploy.local
 
-export PYTHON
+export PYTHON CXX
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
 .PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify pictures bench bench-quick bench-index bench-recovery bench-routing soak clean
@@ -63,7 +66,7 @@ help: ## list the targets
 	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
 	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
 
-env: $(env_stamp) ## make .venv: services, simulator, tests and tools (no torch)
+env: $(env_stamp) $(index_stamp) ## make .venv: services, simulator, tests and tools (no torch)
 
 env-vllm: $(vllm_stamp) ## make .venv-vllm: vLLM for the GPU if there is one, else for the CPU
 
@@ -71,6 +74,9 @@ $(env_stamp):
 	@scripts/env.sh .venv $(dev_lock) $@
 	@# The services' code, for commands outside of make.
 	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/build/proto" > .venv/lib/python3.11/site-packages/switchgear.pth
+
+$(index_stamp): $(env_stamp)
+	@scripts/block_index.sh .venv $@
 
 $(vllm_stamp):
 	@scripts/env.sh .venv-vllm $(vllm_lock) $@
@@ -102,19 +108,19 @@ build-files: $(env_stamp) $(proto_stamp) ## write BUILD files and workflows anew
 model: $(env_stamp) ## make the default model (SmolLM2-135M-Instruct) in the cache
 	@$(launcher) model
 
-test: $(env_stamp) $(vllm_stamp) $(proto_stamp) model ## run all tests, real engines included
+test: $(env_stamp) $(index_stamp) $(vllm_stamp) $(proto_stamp) model ## run all tests, real engines included
 	.venv/bin/pytest $(PYTEST_ARGS)
 
-test-fast: $(env_stamp) $(proto_stamp) ## run the tests that load no real engine
+test-fast: $(env_stamp) $(index_stamp) $(proto_stamp) ## run the tests that load no real engine
 	.venv/bin/pytest -m "not vllm" $(PYTEST_ARGS)
 
-test-bazel: $(env_stamp) ## build everything with Bazel, and run the tests that need no servers
+test-bazel: $(env_stamp) $(index_stamp) ## build everything with Bazel, and run the tests that need no servers
 	@scripts/test_bazel.sh
 
 test-compose: $(env_stamp) $(proto_stamp) ## build the images and try docker-compose.yml on a real Docker engine
 	@scripts/test_compose.sh
 
-up: $(env_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
+up: $(env_stamp) $(index_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(vllm_stamp)) ## start everything and serve (settings below)
 	@exec $(launcher) up --engine $(ENGINE) --model "$(MODEL)" --dtype $(DTYPE) \
 	    --prefill $(PREFILL) --decode $(DECODE) --embed $(EMBED) --embed-model "$(EMBED_MODEL)" \
 	    --frontends $(FRONTENDS) --routers $(ROUTERS) \
@@ -143,7 +149,7 @@ explain: ## show why requests went where they went (REQUEST=chatcmpl-... for one
 verify: ## compare the KV indexers with what the workers hold
 	@$(launcher) verify
 
-bench_env := $(env_stamp) $(dynamo_stamp) $(proto_stamp)
+bench_env := $(env_stamp) $(index_stamp) $(dynamo_stamp) $(proto_stamp)
 
 bench: $(bench_env) $(smg_stamp) ## compare with NVIDIA Dynamo and SMG under load (20 minutes, a quiet machine)
 	@scripts/wrk.sh
@@ -156,13 +162,13 @@ bench-quick: $(bench_env) $(smg_stamp) ## the same for a few scenarios, one shor
 bench-index: $(bench_env) ## compare the KV index with Dynamo's radix tree
 	.venv/bin/python -m benchmarks.kv_index $(BENCH_ARGS)
 
-bench-recovery: $(env_stamp) $(proto_stamp) ## break what feeds the KV index, and time until it is right again
+bench-recovery: $(env_stamp) $(index_stamp) $(proto_stamp) ## break what feeds the KV index, and time until it is right again
 	.venv/bin/python -m benchmarks.kv_recovery $(BENCH_ARGS)
 
 bench-routing: $(bench_env) ## replay recorded requests with Switchgear's routing and Dynamo's (TRACE=mooncake_trace.jsonl)
 	.venv/bin/python -m benchmarks.routing run "$(TRACE)" $(BENCH_ARGS)
 
-soak: $(env_stamp) $(proto_stamp) ## send 200,000 requests of all kinds, and look at what they leave behind
+soak: $(env_stamp) $(index_stamp) $(proto_stamp) ## send 200,000 requests of all kinds, and look at what they leave behind
 	.venv/bin/python -m benchmarks.soak $(BENCH_ARGS)
 
 pictures: $(bench_env) $(vllm_stamp) model ## draw docs/pictures anew: dashboards of a run with failures, a trace (10 minutes)

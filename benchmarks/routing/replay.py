@@ -34,7 +34,7 @@ from libs.engine.interface import (
 from libs.engine.sim.core.scheduler import TRANSFER_BACKEND, Scheduler, SchedulerLimits
 from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import FastestIndex
 from services.router.core.decision import Candidate, Decision, Policy, Prompt, Request, decide
 from services.router.core.held import LEASE_PART, HeldRequests
 from services.router.core.predicted_overlap import PredictedOverlap
@@ -160,7 +160,7 @@ class Replay:
         self._arrivals = arrivals
         self._policy = policy
         self._terms = terms
-        self._index = BlockIndex(max_bytes=1 << 30)
+        self._index = FastestIndex(1 << 30)
         self._engines = [
             self._engine(number, Role.DECODE if number < terms.workers else Role.PREFILL)
             for number in range(terms.workers + terms.prefill_workers)

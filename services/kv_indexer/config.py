@@ -14,8 +14,9 @@ class KvIndexerSettings(NatsSettings):
     model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_KV_INDEXER_")
 
     max_index_bytes: int = Field(default=1 << 30, ge=1 << 20)
-    """Memory for the index: 160 bytes for a block, however many workers hold it. When it is used
-    up, the blocks that were not matched for longest are evicted."""
+    """Memory for the index: 48 bytes for a block, however many workers hold it; 160 where the index
+    is the one in Python. When it is used up, the blocks that were not matched for longest are
+    evicted."""
 
     recoveries_at_once: int = Field(default=8, ge=1, le=1_000)
     """How many workers are asked at the same time for what the index lacks. More makes a restarted

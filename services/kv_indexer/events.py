@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from google.protobuf.message import DecodeError
@@ -67,24 +67,20 @@ async def receiving(
 def from_message(message: kv_events_pb2.KvEventBatch) -> KvBatch:
     """The batch as a value. What the index does not count (tiers and kinds from the future) is left
     as an event of no blocks, since a batch without events would be a heartbeat."""
-    return KvBatch(message.epoch, message.sequence_number, tuple(_events(message)))
+    # Slices are made much faster than what comes of iterating.
+    return KvBatch(message.epoch, message.sequence_number, tuple(map(_event, message.events[:])))
 
 
-def _events(message: kv_events_pb2.KvEventBatch) -> Iterator[KvEvent]:
-    for event in message.events:
-        kind = event.WhichOneof("event")
-        # A slice of hashes is a list, made much faster than a tuple.
-        if kind == "stored":
-            stored = event.stored
-            if (tier := TIERS.get(stored.tier)) is not None:
-                yield BlocksStored(stored.sequence_hashes[:], chains_of(stored), tier)
-                continue
-        elif kind == "removed":
-            removed = event.removed
-            if (tier := TIERS.get(removed.tier)) is not None:
-                yield BlocksRemoved(removed.sequence_hashes[:], tier)
-                continue
-        elif kind == "cleared":
-            yield CacheCleared()
-            continue
-        yield BlocksStored(())
+def _event(event: kv_events_pb2.KvEvent) -> KvEvent:
+    kind = event.WhichOneof("event")
+    if kind == "stored":
+        stored = event.stored
+        if (tier := TIERS.get(stored.tier)) is not None:
+            return BlocksStored(stored.sequence_hashes[:], chains_of(stored), tier)
+    elif kind == "removed":
+        removed = event.removed
+        if (tier := TIERS.get(removed.tier)) is not None:
+            return BlocksRemoved(removed.sequence_hashes[:], tier)
+    elif kind == "cleared":
+        return CacheCleared()
+    return BlocksStored(())

@@ -18,9 +18,10 @@ from libs.common.kv_events import InstanceId
 from libs.common.metrics import serving_metrics
 from libs.common.nats_client import connecting, connection_number
 from libs.common.tasks import background
+from services.kv_indexer import metrics
 from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import CompiledIndex, FastestIndex
 from services.kv_indexer.events import receiving
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.servicer import SERVICE_NAME, KvIndexerServicer
@@ -40,6 +41,9 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
     await discovery.check_access()
     channels, certificates = Channels(settings.certificates), settings.certificates
     name = settings.name or "kv_indexer"
+    index = FastestIndex(settings.max_index_bytes)
+    metrics.is_compiled.set(CompiledIndex is not None)
+    log.info("made the index", is_compiled=CompiledIndex is not None, block_bytes=index.block_bytes)
     with serving_metrics(settings.host, settings.metrics_port) as metrics_port:
         async with (
             discovery.watching("instances/", discovery_pb2.Instance) as instances,
@@ -47,7 +51,7 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
             connecting(settings.nats_url, name, settings.nats_access) as nats,
         ):
             indexer = Indexer(
-                index=BlockIndex(settings.max_index_bytes),
+                index=index,
                 fetch_snapshot=partial(
                     fetch_snapshot,
                     timeout_seconds=settings.recovery_timeout_seconds,

@@ -8,6 +8,9 @@ from services.kv_indexer.core.follower import RecoveryReason
 blocks = Gauge(
     "switchgear_kv_indexer_blocks", "Blocks in the index, once for every worker that holds them."
 )
+is_compiled = Gauge(
+    "switchgear_kv_indexer_is_compiled", "1 where the index is the compiled one, 0 for Python's."
+)
 workers = Gauge("switchgear_kv_indexer_workers", "Live workers that publish KV events.")
 degraded = Gauge(
     "switchgear_kv_indexer_degraded",

@@ -15,7 +15,7 @@ from libs.common.kv_events import (
 )
 from services.kv_indexer.core import follower as follower_module
 from services.kv_indexer.core.follower import BatchRange, Follower, RecoveryReason
-from services.kv_indexer.core.index import BLOCK_BYTES, HOLDERS_BYTES, BlockIndex
+from services.kv_indexer.core.index import FastestIndex
 
 WORKER, OTHER = 1, 2
 
@@ -32,7 +32,7 @@ class Followed:
     """A follower with its index."""
 
     def __init__(self, *taken: KvBatch | KvSnapshot, max_bytes: int = 1 << 30) -> None:
-        self.index = BlockIndex(max_bytes)
+        self.index = FastestIndex(max_bytes)
         self.index.add(WORKER, "m", 16)
         self.index.add(OTHER, "m", 16)
         self.follower = Follower(self.index, WORKER)
@@ -160,7 +160,7 @@ def test_what_waits_for_a_snapshot_is_bounded() -> None:
 
 
 def test_a_worker_without_room_is_degraded_until_room_was_made() -> None:
-    followed = Followed(max_bytes=BLOCK_BYTES * 3 + HOLDERS_BYTES)
+    followed = Followed(max_bytes=FastestIndex.block_bytes * 3 + FastestIndex.holders_bytes)
     followed.take(stored(1, 1, 2, 3, 4, 5))
     assert (followed.wanted(), followed.held()) == (None, {1, 2, 3})
     assert followed.follower.degraded_reason == "index_full"

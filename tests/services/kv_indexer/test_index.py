@@ -1,35 +1,59 @@
 """The block index against a naive one."""
 
 import gc
+import inspect
+import os
 import random
+import shutil
+import sysconfig
 import tracemalloc
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from libs.common import hashing
-from libs.common.kv_events import Tier
-from services.kv_indexer.core.index import BLOCK_BYTES, HOLDERS_BYTES, BlockIndex
+from libs.common.kv_events import BlocksStored, Tier
+from services.kv_indexer.core.index import BlockIndex, CompiledIndex
+from services.kv_indexer.core.python_index import PythonBlockIndex
 
 MODEL, BLOCK_SIZE_TOKENS = "m", 16
 
 
-def bytes_of(blocks: int) -> int:
-    """Enough for so many blocks with a few different sets of holders, and no more for more."""
-    return BLOCK_BYTES * blocks + 2 * HOLDERS_BYTES
+class IndexOf:
+    """Makes indexes of one class."""
+
+    def __init__(self, index_class: type[BlockIndex]) -> None:
+        self.index_class = index_class
+
+    def __call__(self, *, room_blocks: int = 1 << 20, **held: Sequence[int]) -> BlockIndex:
+        """With room for so many blocks with a few different sets of holders, and for no more for
+        more. Workers are named a, b, ... and get their letter's code as their id."""
+        room_bytes = self.index_class.block_bytes * room_blocks
+        index = self.index_class(room_bytes + 2 * self.index_class.holders_bytes)
+        for name, blocks in held.items():
+            index.add(ord(name), MODEL, BLOCK_SIZE_TOKENS)
+            index.store(ord(name), blocks)
+            index.check_invariants()
+        return index
 
 
-def index_of(*, max_bytes: int = 1 << 30, **held: Sequence[int]) -> BlockIndex:
-    """Workers are named a, b, ... and get their letter's code as their id."""
-    index = BlockIndex(max_bytes)
-    for name, blocks in held.items():
-        index.add(ord(name), MODEL, BLOCK_SIZE_TOKENS)
-        index.store(ord(name), blocks)
-        index.check_invariants()
-    return index
+INDEX_CLASSES = [each for each in (PythonBlockIndex, CompiledIndex) if each is not None]
+
+
+@pytest.fixture(scope="module", params=INDEX_CLASSES, ids=lambda each: each.__name__)
+def index_of(request: pytest.FixtureRequest) -> IndexOf:
+    return IndexOf(request.param)
+
+
+def test_the_compiled_index_is_there_wherever_it_can_be_built() -> None:
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    has_headers = FilePath(sysconfig.get_path("include"), "Python.h").exists()
+    assert CompiledIndex or not (has_compiler and has_headers), "run `make env`"
 
 
 def overlap(
@@ -49,20 +73,22 @@ class CountingPrompt(list[int]):
         return super().__getitem__(position)  # type: ignore[call-overload, no-any-return]
 
 
-def test_overlap_counts_the_leading_blocks_that_each_worker_holds() -> None:
+def test_overlap_counts_the_leading_blocks_that_each_worker_holds(index_of: IndexOf) -> None:
     index = index_of(a=[1, 2, 3], b=[1], c=[9])
     assert overlap(index, [1, 2, 3, 4]) == {"a": 3, "b": 1}
 
 
-def test_nothing_overlaps_with_an_empty_prompt() -> None:
+def test_nothing_overlaps_with_an_empty_prompt(index_of: IndexOf) -> None:
     assert overlap(index_of(a=[1]), []) == {}
 
 
-def test_blocks_past_a_gap_count_for_nothing() -> None:
+def test_blocks_past_a_gap_count_for_nothing(index_of: IndexOf) -> None:
     assert overlap(index_of(a=[1, 2, 3, 4], b=[3]), [1, 2, 3, 4]) == {"a": 4}
 
 
-def test_a_worker_that_left_and_one_that_cleared_its_cache_overlap_with_nothing() -> None:
+def test_a_worker_that_left_and_one_that_cleared_its_cache_overlap_with_nothing(
+    index_of: IndexOf,
+) -> None:
     index = index_of(a=[1, 2], b=[1, 2], c=[1])
     index.remove(ord("a"))
     index.clear(ord("b"))
@@ -70,7 +96,7 @@ def test_a_worker_that_left_and_one_that_cleared_its_cache_overlap_with_nothing(
     assert overlap(index, [1, 2]) == {"c": 1}
 
 
-def test_a_worker_that_comes_inherits_nothing_of_one_that_left() -> None:
+def test_a_worker_that_comes_inherits_nothing_of_one_that_left(index_of: IndexOf) -> None:
     index = index_of(a=[1], b=[1])
     index.remove(ord("a"))
     index.add(ord("c"), MODEL, BLOCK_SIZE_TOKENS)
@@ -79,30 +105,30 @@ def test_a_worker_that_comes_inherits_nothing_of_one_that_left() -> None:
     assert overlap(index, [1, 2]) == {"b": 1, "c": 2}
 
 
-def test_models_share_no_blocks() -> None:
+def test_models_share_no_blocks(index_of: IndexOf) -> None:
     index = index_of(a=[1])
     index.add(ord("b"), "another", BLOCK_SIZE_TOKENS)
     index.store(ord("b"), [1, 2])
     assert overlap(index, [1, 2]) == {"a": 1}
 
 
-def test_a_model_that_nobody_serves_overlaps_with_nothing() -> None:
+def test_a_model_that_nobody_serves_overlaps_with_nothing(index_of: IndexOf) -> None:
     index = index_of(a=[1])
     index.remove(ord("a"))
     assert index.overlap(MODEL, 32, [1]) == {}
 
 
-def test_another_block_size_than_the_models_overlaps_with_nothing() -> None:
+def test_another_block_size_than_the_models_overlaps_with_nothing(index_of: IndexOf) -> None:
     assert index_of(a=[1]).overlap(MODEL, 32, [1]) == {}
 
 
-def test_a_lookup_in_a_long_prompt_touches_few_of_its_blocks() -> None:
+def test_a_lookup_in_a_long_prompt_touches_few_of_its_blocks(index_of: IndexOf) -> None:
     prompt = CountingPrompt(range(8_192))
     assert overlap(index_of(a=range(8_000)), prompt) == {"a": 8_000}
     assert prompt.reads <= 2 + 13
 
 
-def test_a_lookup_that_was_made_before_looks_twice_for_each_depth() -> None:
+def test_a_lookup_that_was_made_before_looks_twice_for_each_depth(index_of: IndexOf) -> None:
     prompt = CountingPrompt(range(8_192))
     depths = {"a": 8_000, "b": 4_000, "c": 2_999, "d": 3_000}
     index = index_of(a=range(8_000), b=range(4_000), c=range(2_999), d=range(3_000))
@@ -112,7 +138,7 @@ def test_a_lookup_that_was_made_before_looks_twice_for_each_depth() -> None:
     assert prompt.reads <= 2 + 2 * len(depths)
 
 
-def test_a_lookup_is_right_whatever_others_ended_elsewhere() -> None:
+def test_a_lookup_is_right_whatever_others_ended_elsewhere(index_of: IndexOf) -> None:
     index = index_of(a=[1, 2, 3, 4, 11, 12, 13], b=[1, 2, 11, 12, 13])
     for _ in range(2):
         assert overlap(index, [1, 2, 3, 4, 5]) == {"a": 4, "b": 2}
@@ -120,7 +146,7 @@ def test_a_lookup_is_right_whatever_others_ended_elsewhere() -> None:
         assert overlap(index, [1]) == {"a": 1, "b": 1}
 
 
-def test_a_block_that_is_named_twice_counts_once() -> None:
+def test_a_block_that_is_named_twice_counts_once(index_of: IndexOf) -> None:
     index = index_of(a=[1, 2], b=[1, 1])
     assert overlap(index, [1, 2]) == {"a": 2, "b": 1}
     index.discard(ord("a"), [2, 2])
@@ -128,7 +154,7 @@ def test_a_block_that_is_named_twice_counts_once() -> None:
     assert overlap(index, [1, 2]) == {"a": 1, "b": 1}
 
 
-def test_adapters_and_cache_salts_share_no_blocks_with_each_other() -> None:
+def test_adapters_and_cache_salts_share_no_blocks_with_each_other(index_of: IndexOf) -> None:
     tokens = range(64)
     keys = [("", ""), ("adapter", ""), ("", "salt"), ("adapter", "salt"), ("", "adapter")]
     chains = [
@@ -143,7 +169,7 @@ def test_adapters_and_cache_salts_share_no_blocks_with_each_other() -> None:
         assert overlap(index, hashes) == {name: 4}
 
 
-def test_overlap_tells_how_deep_each_worker_is_tier_by_tier() -> None:
+def test_overlap_tells_how_deep_each_worker_is_tier_by_tier(index_of: IndexOf) -> None:
     index = index_of(a=[1, 2], b=[1])
     index.store(ord("a"), [3], [(0, 2)], Tier.HOST)
     index.store(ord("a"), [4], [(0, 3)], Tier.DISK)
@@ -155,7 +181,7 @@ def test_overlap_tells_how_deep_each_worker_is_tier_by_tier() -> None:
     assert overlap(index, prompt, Tier.DISK) == {"a": 4, "b": 2}
 
 
-def test_a_block_that_leaves_one_tier_stays_in_another() -> None:
+def test_a_block_that_leaves_one_tier_stays_in_another(index_of: IndexOf) -> None:
     index = index_of(a=[1, 2])
     index.store(ord("a"), [1, 2], tier=Tier.HOST)
     index.discard(ord("a"), [2])
@@ -165,8 +191,8 @@ def test_a_block_that_leaves_one_tier_stays_in_another() -> None:
     assert index.held(ord("a"), Tier.HOST) == {1, 2}
 
 
-def test_a_full_index_forgets_what_was_matched_least_recently() -> None:
-    index = index_of(max_bytes=bytes_of(64), a=[])
+def test_a_full_index_forgets_what_was_matched_least_recently(index_of: IndexOf) -> None:
+    index = index_of(room_blocks=64, a=[])
     for turn in range(20):
         start = 100 * (turn + 1)
         index.store(ord("a"), range(start, start + 16))
@@ -177,38 +203,40 @@ def test_a_full_index_forgets_what_was_matched_least_recently() -> None:
     assert overlap(index, range(300, 316)) == {}
 
 
-def test_a_chain_longer_than_the_index_keeps_its_first_blocks() -> None:
-    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+def test_a_chain_longer_than_the_index_keeps_its_first_blocks(index_of: IndexOf) -> None:
+    index = index_of(room_blocks=10, a=range(1, 101))
     index.check_invariants()
     depth = overlap(index, range(1, 101))["a"]
     assert 10 <= depth < 20
     assert index.evicted_blocks(ord("a")) == 100 - depth
 
 
-def test_blocks_that_follow_an_evicted_one_are_not_taken_in() -> None:
-    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+def test_blocks_that_follow_an_evicted_one_are_not_taken_in(index_of: IndexOf) -> None:
+    index = index_of(room_blocks=10, a=range(1, 101))
     evicted = index.evicted_blocks(ord("a"))
     index.store(ord("a"), [101, 102], [(0, 100)])
     assert index.evicted_blocks(ord("a")) == evicted + 2
     assert overlap(index, [101, 102]) == {}
 
 
-def test_an_evicted_block_that_its_worker_removes_is_no_longer_counted() -> None:
-    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+def test_an_evicted_block_that_its_worker_removes_is_no_longer_counted(index_of: IndexOf) -> None:
+    index = index_of(room_blocks=10, a=range(1, 101))
     index.discard(ord("a"), range(100, 0, -1))
     index.check_invariants()
     assert (index.held_blocks(ord("a")), index.evicted_blocks(ord("a"))) == (0, 0)
 
 
-def test_a_worker_that_is_cleared_or_replaced_starts_without_evicted_blocks() -> None:
-    index = index_of(max_bytes=bytes_of(10), a=range(1, 101))
+def test_a_worker_that_is_cleared_or_replaced_starts_without_evicted_blocks(
+    index_of: IndexOf,
+) -> None:
+    index = index_of(room_blocks=10, a=range(1, 101))
     index.replace(ord("a"), [1, 2])
     assert index.held(ord("a")) == {1, 2}
     assert index.evicted_blocks(ord("a")) == 0
 
 
-def test_eviction_in_one_model_makes_room_for_another() -> None:
-    index = index_of(max_bytes=bytes_of(64), a=range(1, 61))
+def test_eviction_in_one_model_makes_room_for_another(index_of: IndexOf) -> None:
+    index = index_of(room_blocks=64, a=range(1, 61))
     index.add(ord("b"), "another", BLOCK_SIZE_TOKENS)
     for start in range(1_000, 2_000, 10):
         index.store(ord("b"), range(start, start + 10))
@@ -217,18 +245,20 @@ def test_eviction_in_one_model_makes_room_for_another() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 10])
-def test_the_index_takes_no_more_memory_than_it_may_and_uses_most_of_it(workers: int) -> None:
+def test_the_index_takes_no_more_memory_than_it_may_and_uses_most_of_it(
+    index_of: IndexOf, workers: int
+) -> None:
     max_bytes = 4 << 20
     rng = random.Random(1)
     gc.collect()
     tracemalloc.start()
     try:
-        index = BlockIndex(max_bytes)
+        index = index_of.index_class(max_bytes)
         for worker in range(workers):
             index.add(worker, MODEL, BLOCK_SIZE_TOKENS)
         recent = deque[list[int]](maxlen=64)
         taken_bytes = []
-        for step in range(3 * max_bytes // 160 // 64):
+        for step in range(3 * max_bytes // index.block_bytes // 64):
             chain = [rng.getrandbits(64) for _ in range(64)]
             for worker in rng.sample(range(workers), min(workers, 3)):
                 index.store(worker, chain[: rng.randint(1, 64)])
@@ -350,9 +380,9 @@ def play(
 
 @given(st.lists(operations, max_size=30), st.lists(paths, max_size=5))
 def test_a_roomy_index_agrees_with_sets(
-    script: list[tuple[str, str, Path, Tier]], prompts: list[Path]
+    index_of: IndexOf, script: list[tuple[str, str, Path, Tier]], prompts: list[Path]
 ) -> None:
-    index = BlockIndex(1 << 30)
+    index = index_of()
     naive = play(index, script, prompts)
     for worker, tiers in naive.held.items():
         assert {tier: index.held(ord(worker), tier) for tier in Tier} == tiers
@@ -376,9 +406,12 @@ def test_a_roomy_index_agrees_with_sets(
     3,
 )
 def test_a_full_index_holds_a_prefix_closed_part_and_counts_the_rest(
-    script: list[tuple[str, str, Path, Tier]], prompts: list[Path], room_blocks: int
+    index_of: IndexOf,
+    script: list[tuple[str, str, Path, Tier]],
+    prompts: list[Path],
+    room_blocks: int,
 ) -> None:
-    index = BlockIndex(bytes_of(room_blocks))
+    index = index_of(room_blocks=room_blocks)
     naive = play(index, script)
     for worker, tiers in naive.held.items():
         held = {tier: index.held(ord(worker), tier) for tier in Tier}
@@ -391,3 +424,180 @@ def test_a_full_index_holds_a_prefix_closed_part_and_counts_the_rest(
         most = naive.overlap(prompt, Tier.DISK)
         for worker, depth in overlap(index, prompt, Tier.DISK).items():
             assert depth <= most[worker]
+
+
+is_compiled = pytest.mark.skipif(CompiledIndex is None, reason="there is no C++ compiler")
+
+
+@is_compiled
+def test_both_indexes_have_the_methods_that_are_promised() -> None:
+    assert CompiledIndex is not None
+    for name, promised in inspect.getmembers(BlockIndex, inspect.isfunction):
+        if name.startswith("_"):
+            continue
+        parameters = {
+            each: [(p.name, p.default) for p in inspect.signature(method).parameters.values()]
+            for each in (BlockIndex, PythonBlockIndex, CompiledIndex)
+            if (method := getattr(each, name))
+        }
+        assert len({*map(tuple, parameters.values())}) == 1, promised
+
+
+class PythonBlockIndexOfThatSize(PythonBlockIndex):
+    """Thinks that it takes no more memory than the compiled one, and so evicts when that does."""
+
+    block_bytes = CompiledIndex.block_bytes if CompiledIndex else 0
+    holders_bytes = CompiledIndex.holders_bytes if CompiledIndex else 0
+
+
+@is_compiled
+@given(
+    st.lists(st.tuples(operations, st.sampled_from([MODEL, "another"])), min_size=10, max_size=80),
+    st.integers(1, 40),
+)
+def test_the_compiled_index_answers_evicts_and_counts_as_the_one_in_python(
+    script: list[tuple[tuple[str, str, Path, Tier], str]], room_blocks: int
+) -> None:
+    assert CompiledIndex is not None
+    python = IndexOf(PythonBlockIndexOfThatSize)(room_blocks=room_blocks)
+    compiled = IndexOf(CompiledIndex)(room_blocks=room_blocks)
+    there = set[int]()
+    for (operation, worker, path, tier), model in script:
+        instance = ord(worker)
+        if instance not in there:
+            there.add(instance)
+            for index in (python, compiled):
+                index.add(instance, model, BLOCK_SIZE_TOKENS)
+        method, *arguments = call_of(operation, instance, model, prefixes(path), tier)
+        if method == "remove":
+            there.remove(instance)
+        answers = [getattr(index, method)(*arguments) for index in (python, compiled)]
+        assert answers[0] == answers[1]
+        compiled.check_invariants()
+        assert state_of(compiled, there) == state_of(python, there)
+
+
+def call_of(
+    operation: str, instance: int, model: str, blocks: list[int], tier: Tier
+) -> tuple[Any, ...]:
+    """A method's name and its arguments."""
+    half = len(blocks) // 2
+    match operation:
+        case "store":
+            return "store", instance, blocks, (), tier
+        case "continue":
+            return "store", instance, blocks[half:], [(0, blocks[half - 1] if half else None)], tier
+        case "discard":
+            return "discard", instance, blocks[: half - 1 : -1] if half else [], tier
+        case "replace":
+            return "replace", instance, blocks[:half], (), [BlocksStored(blocks, (), Tier.HOST)]
+        case "clear":
+            return "clear", instance
+        case "leave":
+            return "remove", instance
+        case _:
+            return "overlap", model, BLOCK_SIZE_TOKENS, blocks, tier
+
+
+def state_of(index: BlockIndex, instances: Iterable[int]) -> dict[Any, Any]:
+    of_workers = {
+        instance: (
+            index.held_blocks(instance),
+            index.evicted_blocks(instance),
+            [index.held(instance, tier) for tier in Tier],
+        )
+        for instance in instances
+    }
+    return {"all": (index.blocks, index.evicted, index.used_bytes)} | of_workers
+
+
+@is_compiled
+def test_the_indexes_agree_where_there_are_hundreds_of_workers() -> None:
+    assert CompiledIndex is not None
+    rng = random.Random(1)
+    python, compiled = PythonBlockIndex(1 << 30), CompiledIndex(1 << 30)
+    chain = [rng.getrandbits(64) for _ in range(500)]
+    for index in (python, compiled):
+        for instance in range(300):
+            index.add(instance, MODEL, BLOCK_SIZE_TOKENS)
+    for _ in range(1_000):
+        instance, depth, tier = rng.randrange(300), rng.randrange(500), rng.choice(list(Tier))
+        calls: list[tuple[Any, ...]] = [
+            ("store", instance, chain[:depth], (), tier),
+            ("discard", instance, chain[:depth:-1], tier),
+            ("clear", instance),
+            ("overlap", MODEL, BLOCK_SIZE_TOKENS, chain[: depth + 1], tier),
+        ]
+        method, *arguments = rng.choice(calls)
+        answers = [getattr(index, method)(*arguments) for index in (python, compiled)]
+        assert answers[0] == answers[1]
+    compiled.check_invariants()
+    assert [python.held(each) for each in range(300)] == [
+        compiled.held(each) for each in range(300)
+    ]
+
+
+def test_memory_is_given_back_when_most_blocks_are_gone(index_of: IndexOf) -> None:
+    index = index_of(a=[], b=[])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for instance, start in ((ord("a"), 0), (ord("b"), 50_000)):
+            index.store(instance, range(start, start + 50_000))
+        index.discard(ord("a"), range(49_999, -1, -1))
+        index.discard(ord("b"), range(99_999, 50_500, -1))
+        taken_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert overlap(index, range(50_000, 50_600)) == {"b": 501}
+    assert taken_bytes <= index.used_bytes + (64 << 10)
+
+
+def test_a_worker_that_is_not_in_the_index_is_a_key_error(index_of: IndexOf) -> None:
+    index = index_of(a=[1])
+    with pytest.raises(KeyError, match="98"):
+        index.store(ord("b"), [1])
+    with pytest.raises(KeyError, match="98"):
+        index.remove(ord("b"))
+    with pytest.raises(AssertionError):
+        index.add(ord("a"), MODEL, BLOCK_SIZE_TOKENS)
+
+
+@is_compiled
+def test_the_compiled_index_refuses_what_it_cannot_read_before_it_changes_anything() -> None:
+    assert CompiledIndex is not None
+    index: Any = IndexOf(CompiledIndex)(a=[1])
+    bad: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+        (TypeError, "store", (ord("a"), [2, "3"])),
+        (TypeError, "store", (ord("a"), 2)),
+        (TypeError, "store", (ord("a"),)),
+        (TypeError, "store", (ord("a"), [2], [3])),
+        (ValueError, "store", (ord("a"), [2], [(2, None)])),
+        (ValueError, "store", (ord("a"), [2], (), 4)),
+        (TypeError, "discard", (ord("a"), [1], 1, 1)),
+        (TypeError, "overlap", (1, BLOCK_SIZE_TOKENS, [1])),
+        (TypeError, "overlap", (MODEL, BLOCK_SIZE_TOKENS, [None])),
+        (OverflowError, "add", (1 << 64, MODEL, BLOCK_SIZE_TOKENS)),
+    ]
+    for error, method, arguments in bad:
+        with pytest.raises(error):
+            getattr(index, method)(*arguments)
+    with pytest.raises(TypeError):
+        index.discard(ord("a"), [1], slowest=1)
+    index.check_invariants()
+    assert overlap(index, [1, 2]) == {"a": 1}
+
+
+@is_compiled
+def test_the_compiled_index_cannot_be_changed_by_a_prompt_that_is_being_looked_up() -> None:
+    assert CompiledIndex is not None
+    index = IndexOf(CompiledIndex)(a=[1])
+
+    class Changing(list[int]):
+        def __getitem__(self, position: object) -> int:  # type: ignore[override]
+            index.clear(ord("a"))
+            return 1
+
+    with pytest.raises(RuntimeError):
+        overlap(index, Changing([1]))
+    assert overlap(index, [1]) == {"a": 1}

@@ -28,7 +28,7 @@ from services.kv_indexer import metrics
 from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
 from services.kv_indexer.core.follower import BatchRange
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import FastestIndex
 from services.kv_indexer.events import receiving
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.main import live_workers, serve
@@ -131,7 +131,7 @@ class LossyReceiver:
 async def indexer_on(nats_url: str) -> AsyncIterator[tuple[Indexer, LossyReceiver]]:
     async with connecting(nats_url, "kv_indexer") as nats:
         indexer = Indexer(
-            index=BlockIndex(1 << 30),
+            index=FastestIndex(1 << 30),
             fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),
             fetch_batches=partial(fetch_batches, timeout_seconds=5),
             events_connection=lambda: connection_number(nats),
@@ -362,7 +362,7 @@ def indexer_that_asks(
 ) -> Indexer:
     """One that hears no events, and gets snapshots from a function."""
     return Indexer(
-        index=BlockIndex(1 << 30),
+        index=FastestIndex(1 << 30),
         fetch_snapshot=fetch,
         fetch_batches=partial(fetch_batches, timeout_seconds=5),
         events_connection=lambda: 1,
@@ -459,7 +459,7 @@ async def stub_to(
 
 def indexer_holding(**held: list[int]) -> Indexer:
     """Workers are called w1, w2, ...; nothing is heard of them."""
-    index = BlockIndex(1 << 30)
+    index = FastestIndex(1 << 30)
     indexer = Indexer(
         index=index,
         fetch_snapshot=partial(fetch_snapshot, timeout_seconds=5),

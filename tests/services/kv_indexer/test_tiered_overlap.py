@@ -1,7 +1,7 @@
 """Overlap answers by tier."""
 
 from libs.common.kv_events import Tier
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import BlockIndex, FastestIndex
 from services.kv_indexer.tiered_overlap import tiered_overlap
 from switchgear.kv_indexer.v1 import kv_indexer_pb2
 
@@ -10,7 +10,7 @@ QUERY = kv_indexer_pb2.OverlapQuery(model="m", block_size_tokens=16, sequence_ha
 
 
 def index_of(*stored: tuple[int, list[int], Tier]) -> BlockIndex:
-    index = BlockIndex(1 << 20)
+    index = FastestIndex(1 << 20)
     for instance in {instance for instance, _, _ in stored}:
         index.add(instance, "m", 16)
     for instance, blocks, tier in stored:

@@ -13,7 +13,7 @@ from libs.common.kv_events import KvBatch, KvSnapshot
 from libs.common.tasks import background
 from libs.common.tracing import Kind
 from services.kv_indexer.core.follower import BatchRange
-from services.kv_indexer.core.index import BlockIndex
+from services.kv_indexer.core.index import FastestIndex
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.servicer import KvIndexerServicer
 from services.kv_indexer.snapshots import Worker
@@ -43,7 +43,7 @@ class Snapshots:
 
 def indexer_of(snapshots: Snapshots) -> Indexer:
     indexer = Indexer(
-        index=BlockIndex(1 << 30),
+        index=FastestIndex(1 << 30),
         fetch_snapshot=snapshots.fetch,
         fetch_batches=gone,
         events_connection=lambda: 1,

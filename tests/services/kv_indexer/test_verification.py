@@ -14,7 +14,7 @@ from libs.common.grpc_server import serving
 from libs.common.kv_events import BlocksStored, KvBatch, KvSnapshot
 from services.kv_indexer import verify
 from services.kv_indexer.core.follower import BatchRange
-from services.kv_indexer.core.index import BLOCK_BYTES, HOLDERS_BYTES, BlockIndex
+from services.kv_indexer.core.index import FastestIndex
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.servicer import SERVICE_NAME, KvIndexerServicer
 from services.kv_indexer.snapshots import Worker
@@ -47,7 +47,7 @@ class Workers:
     def indexer(self, *, max_bytes: int = 1 << 20, **held: list[int]) -> Indexer:
         """Workers are called w1, w2, ...; what is not named is followed and empty."""
         indexer = Indexer(
-            index=BlockIndex(max_bytes),
+            index=FastestIndex(max_bytes),
             fetch_snapshot=self.fetch_snapshot,
             fetch_batches=self.fetch_batches,
             events_connection=lambda: 1,
@@ -131,7 +131,7 @@ async def test_an_index_too_far_behind_to_be_compared_is_not_called_equal() -> N
 
 async def test_what_a_full_index_has_no_room_for_is_evicted_and_not_different() -> None:
     workers = Workers({1: held(1, 2, 3)})
-    room_for_two = 2 * BLOCK_BYTES + HOLDERS_BYTES
+    room_for_two = 2 * FastestIndex.block_bytes + FastestIndex.holders_bytes
     answer = await answer_of(workers.indexer(max_bytes=room_for_two, w1=[1, 2, 3]))
     assert verify.verdict(answer) == EQUAL
     assert answer.comparisons[0].evicted_blocks == 1
