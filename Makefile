@@ -12,8 +12,8 @@ smg_lock := requirements/smg.txt
 smg_stamp := .venv-smg/.lock-$(firstword $(shell cksum < $(smg_lock)))
 vllm_stamp := .venv-vllm/.lock-$(firstword $(shell cksum < $(vllm_lock)))
 # The index's compiled core: other sources or another compiler, another core.
-index_sources := $(sort $(wildcard services/kv_indexer/core/native/*)) scripts/block_index.sh
-index_stamp := .venv/.block_index-$(firstword $(shell { cat $(index_sources); command -v $(CXX); } | cksum))
+index_folder := services/kv_indexer/core/native
+index_stamp := .venv/.block_index-$(firstword $(shell { cat $(index_folder)/*; command -v $(CXX); } | cksum))
 proto_stamp := build/proto/switchgear/py.typed
 code := $(wildcard libs services deploy tests benchmarks clients examples)
 
@@ -76,7 +76,7 @@ $(env_stamp):
 	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/build/proto" > .venv/lib/python3.11/site-packages/switchgear.pth
 
 $(index_stamp): $(env_stamp)
-	@scripts/block_index.sh .venv $@
+	@$(index_folder)/build.sh .venv $@
 
 $(vllm_stamp):
 	@scripts/env.sh .venv-vllm $(vllm_lock) $@

@@ -33,7 +33,8 @@ done
     grep -E '^(grpcio-tools|setuptools)==' requirements/dev.txt
     sed -n 's/^_REQUIREMENT = "\(.*\)"$/\1/p' deploy/local/default_model.py
 } > build/compose/wanted/tools.txt
-name=switchgear-test-base:$(cat build/compose/wanted/* | cksum | cut -d ' ' -f 1)
+plain=switchgear-test-debian:bookworm-cxx
+name=switchgear-test-base:$({ echo "$plain"; cat build/compose/wanted/*; } | cksum | cut -d ' ' -f 1)
 if docker image inspect "$name" > /dev/null 2>&1; then
     echo "$name"
     exit 0
@@ -47,13 +48,12 @@ for list in build/compose/wanted/*; do
     "$python" -m pip wheel -qq --no-deps --wheel-dir "$wheels" -r "$list" >&2
 done
 
-plain=switchgear-test-debian:bookworm
 if ! docker image inspect "$plain" > /dev/null 2>&1; then
     command -v mmdebstrap > /dev/null || apt-get install -y -qq mmdebstrap > /dev/null 2>&1 \
         || { say "mmdebstrap is needed and cannot be installed: apt-get install mmdebstrap"; exit 1; }
-    say "making Debian bookworm with Python 3.11"
+    say "making Debian bookworm with Python 3.11 and g++"
     mmdebstrap --quiet --variant=minbase \
-        --include=python3,python3-venv,python3-pip,ca-certificates,hostname,libnuma1 \
+        --include=python3,python3-venv,python3-pip,python3-dev,g++,ca-certificates,hostname,libnuma1 \
         bookworm build/compose/base.tar >&2
     docker import build/compose/base.tar "$plain" > /dev/null
     rm build/compose/base.tar

@@ -1,5 +1,5 @@
 // The Python module `switchgear_block_index`: BlockIndex of services/kv_indexer/core/index.py, on top
-// of block_index.h. Built by scripts/block_index.sh (`make env`), which needs a C++ compiler alone.
+// of block_index.h. Built by build.sh (`make env`) with a C++ compiler alone.
 #include <array>
 #include <concepts>
 

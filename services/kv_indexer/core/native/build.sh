@@ -1,16 +1,15 @@
 #!/bin/sh
-# Compiles the KV indexer's core into an environment: scripts/block_index.sh ENVIRONMENT [STAMP]
+# Compiles the KV indexer's core into an environment: build.sh ENVIRONMENT [STAMP]
 #
 # Needs a C++ compiler (CXX, or g++) and Python's headers, and no packages. Without one of them nothing
 # is built, and the indexer uses its core in Python.
 set -eu
 environment=$1 stamp=${2:-}
-cd "$(dirname "$0")/.."
+sources=$(dirname "$0")
 compiler=${CXX:-g++}
-sources=services/kv_indexer/core/native
 
 # What to compile with, where to, and which sources these are.
-eval "$("$environment/bin/python" - $sources/*.h $sources/*.cpp << 'END_OF_PYTHON'
+eval "$("$environment/bin/python" - "$sources"/*.h "$sources"/*.cpp << 'END_OF_PYTHON'
 import hashlib, pathlib, sys, sysconfig
 print("headers=%r" % sysconfig.get_path("include"))
 print("target=%r" % (sysconfig.get_path("platlib") + "/switchgear_block_index.so"))
@@ -26,7 +25,7 @@ elif [ ! -e "$headers/Python.h" ]; then
 else
     echo "compiling the KV indexer's core into $environment"
     "$compiler" -std=c++20 -O2 -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden ${CXXFLAGS:-} \
-        -DSWITCHGEAR_SOURCES="\"$checksum\"" -I"$headers" $sources/module.cpp -o "$target.new"
+        -DSWITCHGEAR_SOURCES="\"$checksum\"" -I"$headers" "$sources/module.cpp" -o "$target.new"
     mv "$target.new" "$target"
 fi
 [ -z "$stamp" ] || touch "$stamp"
