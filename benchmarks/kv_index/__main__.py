@@ -23,10 +23,15 @@ from benchmarks.kv_index.results import Comparison, Run
 from benchmarks.serving import environment
 from benchmarks.serving.systems import DYNAMO_PYTHON
 from deploy.local.topology import REPOSITORY
+from services.kv_indexer.core.index import CompiledIndex
 
 _RESULTS = REPOSITORY / "benchmarks" / "results"
 _DIFFERENCES = Path(__file__).with_name("differences.md")
-_PYTHONS = {report.OURS: Path(sys.executable), report.THEIRS: DYNAMO_PYTHON}
+_PYTHONS = {
+    report.OURS: Path(sys.executable),
+    report.IN_PYTHON: Path(sys.executable),
+    report.THEIRS: DYNAMO_PYTHON,
+}
 _STOP_SECONDS = 10.0
 
 Measure = Callable[[Case, int], dict[str, float]]
@@ -38,6 +43,10 @@ class ChildError(Exception):
     """A measuring process ended before it answered."""
 
 
+class NotCompiledError(Exception):
+    """There is no compiled index to measure."""
+
+
 @app.command()
 def run(
     quick: Annotated[bool, typer.Option(help="Few cases, one round.")] = False,
@@ -45,6 +54,8 @@ def run(
     results: Annotated[Path, typer.Option(help="Folder for results.")] = _RESULTS,
 ) -> None:
     """Measure, keep the results as JSON, and write the report beside them."""
+    if CompiledIndex is None:
+        raise NotCompiledError("the index is not compiled: `make env` does it, with a C++ compiler")
     chosen = cases.QUICK if quick else cases.FULL
     rounds = 1 if quick else rounds
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -84,7 +95,7 @@ def _measure(chosen: tuple[Case, ...], rounds: int) -> Iterator[Run]:
                     else:
                         figures = lasting[side](case, number)
                     yield Run(side=side, round=number, case=case, figures=figures)
-                    print(f"{case.name:<24} {side:<11} {_line(figures)}", file=sys.stderr)
+                    print(f"{case.name:<24} {side:<20} {_line(figures)}", file=sys.stderr)
 
 
 @contextmanager
@@ -128,7 +139,7 @@ def _line(figures: dict[str, float]) -> str:
 def main() -> None:
     try:
         app()
-    except (ChildError, OSError) as error:
+    except (ChildError, NotCompiledError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

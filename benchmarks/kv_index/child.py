@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.kv_index.cases import OWN_CHAINS, Case, Chain, Side, make_chain
@@ -138,14 +139,20 @@ def _resident_bytes() -> int:
 
 def main() -> None:
     make: Callable[[], Side]
-    if sys.argv[1] == "dynamo":
-        from benchmarks.kv_index.dynamo_side import DynamoSide
+    match sys.argv[1]:
+        case "dynamo":
+            from benchmarks.kv_index.dynamo_side import DynamoSide
 
-        make = DynamoSide
-    else:
-        from benchmarks.kv_index.switchgear_side import SwitchgearSide
+            make = DynamoSide
+        case "switchgear":
+            from benchmarks.kv_index.switchgear_side import SwitchgearSide
 
-        make = SwitchgearSide
+            make = SwitchgearSide
+        case _:
+            from benchmarks.kv_index.switchgear_side import SwitchgearSide
+            from services.kv_indexer.core.python_index import PythonBlockIndex
+
+            make = partial(SwitchgearSide, PythonBlockIndex)
     for line in sys.stdin:
         task = json.loads(line)
         print(json.dumps(measure(Case(**task["case"]), make, task["seed"])), flush=True)

@@ -4,7 +4,7 @@ from benchmarks.kv_index.cases import Case
 from benchmarks.kv_index.results import Comparison
 from benchmarks.serving.report import table
 
-OURS, THEIRS = "switchgear", "dynamo"
+OURS, THEIRS, IN_PYTHON = "switchgear", "dynamo", "switchgear in Python"
 
 _CASES = {
     "own": "chains of their own",
@@ -37,14 +37,16 @@ def markdown(comparison: Comparison, *, differences: str) -> str:
             theirs = comparison.median(THEIRS, case, figure)
             times = ours / theirs if is_more_better else theirs / ours
             about = [_CASES[case.kind], f"{case.workers:,}", f"{case.blocks:,}"]
-            values = [f"{ours * scale:,.2f}", f"{theirs * scale:,.2f}", f"**{times:.2f}**"]
+            in_python = comparison.median(IN_PYTHON, case, figure)
+            values = [f"{value * scale:,.2f}" for value in (ours, theirs, in_python)]
+            values.insert(2, f"**{times:.2f}**")
             rows.append([f"{name}, {unit}", *about, *values])
             if times < 1:
                 lost.append(f"{name} ({', '.join(about)})")
     machine = comparison.machine
     versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
     verdict = f"Dynamo is ahead in: {'; '.join(lost)}." if lost else "Dynamo is ahead in no row."
-    header = ["", " ", "workers", "blocks of a chain", OURS, THEIRS, "times better"]
+    header = ["", " ", "workers", "blocks of a chain", OURS, THEIRS, "times better", IN_PYTHON]
     return f"""\
 # The KV index beside NVIDIA Dynamo's radix tree
 

@@ -2,7 +2,7 @@
 
 from benchmarks.kv_index.cases import Chain
 from libs.common.kv_events import BlocksRemoved, BlocksStored
-from services.kv_indexer.core.index import FastestIndex
+from services.kv_indexer.core.index import BlockIndex, FastestIndex
 from services.kv_indexer.events import from_message
 from switchgear.kv_events.v1 import kv_events_pb2
 
@@ -10,8 +10,8 @@ MODEL, BLOCK_SIZE_TOKENS = "model", 16
 
 
 class SwitchgearSide:
-    def __init__(self) -> None:
-        self._index = FastestIndex(4 << 30)
+    def __init__(self, index_class: type[BlockIndex] = FastestIndex) -> None:
+        self._index = index_class(4 << 30)
 
     def stored_event(self, chain: Chain) -> bytes:
         stored = kv_events_pb2.BlocksStored(

@@ -16,7 +16,7 @@ RAGGED = Case("ragged", 5, 8, 20)
 
 
 def comparison(ours: dict[str, float], theirs: dict[str, float]) -> Comparison:
-    sides = {report.OURS: ours, report.THEIRS: theirs}
+    sides = {report.OURS: ours, report.THEIRS: theirs, report.IN_PYTHON: theirs}
     return Comparison(
         started_at="2026-01-01T00:00:00Z",
         commit="abc",
@@ -41,8 +41,8 @@ def test_the_report_names_the_rows_in_which_dynamo_is_ahead() -> None:
     theirs = {"lookup_p50_seconds": 2e-6, "stored_blocks_per_second": 4e6}
     page = report.markdown(comparison(ours, theirs), differences="what differs")
     assert "Dynamo is ahead in: stored (chains of their own, 3, 8)." in page
-    assert "| 1.00 | 2.00 | **2.00** |" in page
-    assert "| 1.00 | 4.00 | **0.25** |" in page
+    assert "| 1.00 | 2.00 | **2.00** | 2.00 |" in page
+    assert "| 1.00 | 4.00 | **0.25** | 4.00 |" in page
 
 
 @pytest.mark.parametrize("case", [OWN, RAGGED, dataclasses.replace(RAGGED, kind="whole")])
