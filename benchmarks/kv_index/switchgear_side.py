@@ -32,10 +32,11 @@ class SwitchgearSide:
         batch = from_message(kv_events_pb2.KvEventBatch.FromString(event))
         for change in batch.events:
             match change:
-                case BlocksStored(hashes, chains, tier):
-                    self._index.store(worker, hashes, chains, tier)
-                case BlocksRemoved(hashes, tier):
-                    self._index.discard(worker, hashes, tier)
+                case BlocksStored():
+                    stored = change.sequence_hashes, change.chains, change.tier
+                    self._index.store(worker, *stored)
+                case BlocksRemoved():
+                    self._index.discard(worker, change.sequence_hashes, change.tier)
 
     def overlap(self, chain: Chain) -> dict[int, int]:
         return self._index.overlap(MODEL, BLOCK_SIZE_TOKENS, chain.sequence_hashes)

@@ -1,11 +1,20 @@
-"""Stored blocks in KV event messages. See protos/switchgear/kv_events."""
+"""Blocks in KV event messages. See protos/switchgear/kv_events."""
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 
 from libs.common.kv_events import ChainStart, SequenceHash, Tier
 from switchgear.kv_events.v1 import kv_events_pb2
+
+FEW_BLOCKS = 16
+"""So few make a list sooner than an array."""
+
+_SEQUENCE_HASHES_KEY = b"\x0a"
+"""Of field 1, as a run of bytes."""
 
 
 def stored_message(
@@ -31,6 +40,35 @@ def chains_of(message: kv_events_pb2.BlocksStored) -> tuple[ChainStart, ...]:
             chains.append((start, before or None))
             last = start
     return tuple(chains)
+
+
+def hashes_of(
+    message: kv_events_pb2.BlocksStored | kv_events_pb2.BlocksRemoved,
+) -> Sequence[SequenceHash]:
+    """Its sequence hashes: a list of few; of many an array, which takes half the time to make, a
+    fifth of the memory, and no time to take apart again.
+
+    In bytes they lie side by side, as in an array, and come first, being the first field. Should
+    they ever not, a list will do.
+    """
+    blocks = len(message.sequence_hashes)
+    if blocks > FEW_BLOCKS and sys.byteorder == "little":
+        data, before = message.SerializeToString(), _before_hashes(blocks)
+        if data.startswith(before):
+            return array("Q", data[len(before) : len(before) + 8 * blocks])
+    # A slice is a list, made much faster than a tuple.
+    return message.sequence_hashes[:]
+
+
+@lru_cache(maxsize=1_024)
+def _before_hashes(blocks: int) -> bytes:
+    """What precedes so many hashes: the field's key, and its length seven bits at a time."""
+    rest, before = 8 * blocks, bytearray(_SEQUENCE_HASHES_KEY)
+    while rest > 0x7F:
+        before.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    before.append(rest)
+    return bytes(before)
 
 
 def part_of(

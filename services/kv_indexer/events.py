@@ -20,7 +20,7 @@ from libs.common.kv_events import (
     Tier,
     all_subjects,
 )
-from libs.common.kv_messages import chains_of
+from libs.common.kv_messages import chains_of, hashes_of
 from libs.common.tasks import background
 from switchgear.kv_events.v1 import kv_events_pb2
 
@@ -76,11 +76,11 @@ def _event(event: kv_events_pb2.KvEvent) -> KvEvent:
     if kind == "stored":
         stored = event.stored
         if (tier := TIERS.get(stored.tier)) is not None:
-            return BlocksStored(stored.sequence_hashes[:], chains_of(stored), tier)
+            return BlocksStored(hashes_of(stored), chains_of(stored), tier)
     elif kind == "removed":
         removed = event.removed
         if (tier := TIERS.get(removed.tier)) is not None:
-            return BlocksRemoved(removed.sequence_hashes[:], tier)
+            return BlocksRemoved(hashes_of(removed), tier)
     elif kind == "cleared":
         return CacheCleared()
     return BlocksStored(())

@@ -182,11 +182,13 @@ class Follower:
             self.applied += 1
 
     def _apply(self, event: KvEvent) -> None:
+        # Attributes in patterns would take twice as long.
         match event:
-            case BlocksStored(hashes, chains, tier):
-                self._index.store(self._instance, hashes, chains, tier)
-            case BlocksRemoved(hashes, tier):
-                self._index.discard(self._instance, hashes, tier)
+            case BlocksStored():
+                stored = event.sequence_hashes, event.chains, event.tier
+                self._index.store(self._instance, *stored)
+            case BlocksRemoved():
+                self._index.discard(self._instance, event.sequence_hashes, event.tier)
             case CacheCleared():
                 self._clear()
             case _:

@@ -1,10 +1,13 @@
-"""Stored blocks on their way through messages."""
+"""Blocks on their way through messages."""
 
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.common.kv_events import ChainStart
-from libs.common.kv_messages import chains_of, part_of, stored_message
+from libs.common.kv_messages import FEW_BLOCKS, chains_of, hashes_of, part_of, stored_message
 from switchgear.kv_events.v1 import kv_events_pb2
 
 
@@ -37,3 +40,15 @@ def test_chain_starts_that_make_no_sense_are_left_out() -> None:
         sequence_hashes=[1, 2, 3], chain_starts=[1, 1, 0, 2, 3], chain_parents=[7, 8, 9, 0, 5]
     )
     assert chains_of(message) == ((1, 7), (2, None))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, FEW_BLOCKS, FEW_BLOCKS + 1, 64, 2_047, 2_048, 300_000])
+def test_hashes_of_a_message_are_those_that_it_has(blocks: int) -> None:
+    rng = random.Random(blocks)
+    hashes = [rng.getrandbits(64) for _ in range(blocks)]
+    chains: list[ChainStart] = [(0, 5), (blocks // 2, None)]
+    for message in (
+        stored_message(hashes, chains),
+        kv_events_pb2.BlocksRemoved(sequence_hashes=hashes, tier=kv_events_pb2.TIER_HOST),
+    ):
+        assert list(hashes_of(message)) == hashes

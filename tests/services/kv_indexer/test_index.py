@@ -7,6 +7,7 @@ import random
 import shutil
 import sysconfig
 import tracemalloc
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
@@ -167,6 +168,17 @@ def test_adapters_and_cache_salts_share_no_blocks_with_each_other(index_of: Inde
         index.store(ord(name), hashes)
     for name, hashes in zip("abcde", chains, strict=True):
         assert overlap(index, hashes) == {name: 4}
+
+
+def test_blocks_may_come_in_an_array(index_of: IndexOf) -> None:
+    hashes = array("Q", [1, 1 << 63, (1 << 64) - 1])
+    index = index_of(a=hashes)
+    index.store(ord("a"), array("Q", [4]), [(0, 1)])
+    assert index.held(ord("a")) == {*hashes, 4}
+    index.discard(ord("a"), hashes[:0:-1])
+    assert overlap(index, array("Q", [1, 4, 5])) == {"a": 2}
+    index.store(ord("a"), array("i", [7]), [(0, 1)])
+    assert index.held(ord("a")) == {1, 4, 7}
 
 
 def test_overlap_tells_how_deep_each_worker_is_tier_by_tier(index_of: IndexOf) -> None:

@@ -1,7 +1,7 @@
 // The Python module `switchgear_block_index`: BlockIndex of services/kv_indexer/core/index.py, on top
 // of block_index.h. Built by build.sh (`make env`) with a C++ compiler alone.
 #include <array>
-#include <concepts>
+#include <string_view>
 
 #include "block_index.h"
 
@@ -62,10 +62,26 @@ BlockIndex::ModelKey as_model_key(PyObject* name, PyObject* block_size_tokens) {
     return {std::string(text, static_cast<std::size_t>(bytes)), tokens};
 }
 
+// An array of type "Q" is copied as it is.
+bool copy_array(PyObject* sequence, std::vector<SequenceHash>& hashes) {
+    if (!PyObject_CheckBuffer(sequence)) return false;
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(sequence, &buffer, PyBUF_FORMAT | PyBUF_ND) < 0) throw PythonError();
+    const bool is_such = buffer.ndim == 1 && buffer.format != nullptr && std::string_view(buffer.format) == "Q";
+    if (is_such) {
+        const auto* first = static_cast<const SequenceHash*>(buffer.buf);
+        hashes.assign(first, first + buffer.len / buffer.itemsize);
+    }
+    PyBuffer_Release(&buffer);
+    return is_such;
+}
+
 std::vector<SequenceHash> as_hashes(PyObject* sequence) {
+    std::vector<SequenceHash> hashes;
+    if (copy_array(sequence, hashes)) return hashes;
     const Reference items(PySequence_Fast(sequence, "hashes must be a sequence"));
     PyObject** item = PySequence_Fast_ITEMS(items.get());
-    std::vector<SequenceHash> hashes(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.get())));
+    hashes.resize(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.get())));
     for (SequenceHash& hash : hashes) hash = as_hash(*item++);
     return hashes;
 }
