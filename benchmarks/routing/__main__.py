@@ -28,20 +28,28 @@ _DYNAMO_TIMEOUT_SECONDS = 600.0
 _BLOCK_SIZE_TOKENS = 16
 
 AZURE = "azure"
+_AZURE_FILE = "AzureLLMInferenceTrace_conv.csv"
 CONVERSATIONS = "conversations"
 _CONVERSATIONS = 2_000
 _CONVERSATIONS_SEED = 1
+_LOAD_LAG_SECONDS = 0.02
+"""Between a worker's load and one of several routers knowing it."""
 
 ROWS = {
     "8x2": Row(workers=8, speed_up=2),
     "16x4": Row(workers=16, speed_up=4),
     "8x1": Row(workers=8, speed_up=1),
     "8x3": Row(workers=8, speed_up=3),
+    "4x1": Row(workers=4, speed_up=1),
+    "32x6": Row(workers=32, speed_up=6),
+    "8x2-3-routers": Row(workers=8, speed_up=2, routers=3),
     "16x4-shared": Row(workers=16, speed_up=4, system_prompt_tokens=8_192),
     "2+6x2": Row(workers=6, speed_up=2, prefill_workers=2),
     "4+4x2": Row(workers=4, speed_up=2, prefill_workers=4),
+    "1+3x0.5": Row(workers=3, speed_up=0.5, prefill_workers=1),
     "conversations-8x2": Row(workers=8, speed_up=2, trace=CONVERSATIONS),
     "azure-4x8": Row(workers=4, speed_up=8, trace=AZURE),
+    "azure-8x12": Row(workers=8, speed_up=12, trace=AZURE),
 }
 """8x3 is more than the workers can serve, 4+4x2 all that they can."""
 
@@ -64,7 +72,11 @@ def run(
     ] = None,
     azure_trace: Annotated[
         Path | None,
-        typer.Option(help="In Azure's format, for the rows of it.", exists=True, dir_okay=False),
+        typer.Option(
+            help=f"In Azure's format, for the rows of it; {_AZURE_FILE} beside the other if none.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     dynamo: Annotated[bool, typer.Option(help="Dynamo, too.")] = True,
@@ -79,9 +91,12 @@ def run(
         raise typer.BadParameter("no .venv-dynamo here; use --no-dynamo", param_hint="--dynamo")
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows = [ROWS[name] for name in row or ROWS]
+    if azure_trace is None and trace_file.with_name(_AZURE_FILE).is_file():
+        azure_trace = trace_file.with_name(_AZURE_FILE)
     if azure_trace is None:
         if row and any(one.trace == AZURE for one in rows):
             raise typer.BadParameter("needed for such rows", param_hint="--azure-trace")
+        print(f"no rows of {AZURE}: {_AZURE_FILE} is not beside the trace")
         rows = [one for one in rows if one.trace != AZURE]
     names = policy or list(POLICIES)
     runs: list[Run] = []
@@ -94,7 +109,7 @@ def run(
         with ProcessPoolExecutor(max_workers=jobs) as pool:
             waiting = [pool.submit(_ours, *task) for task in tasks]
             if dynamo:
-                waiting += [pool.submit(_theirs, *task) for task in tasks if POLICIES.get(task[2])]
+                waiting += [pool.submit(_theirs, *task) for task in tasks if _has_like(task)]
             for done in as_completed(waiting):
                 runs.append(done.result())
                 print(_line(runs[-1]), flush=True)
@@ -106,7 +121,7 @@ def run(
             machine=environment.machine(),
             versions=environment.versions_without_wrk(),
             trace=trace_file.name,
-            requests=runs[0].requests,
+            requests=max((run.requests for run in runs if not run.row.trace), default=0),
             runs=runs,
             decisions=list(_decisions()),
         ),
@@ -175,6 +190,12 @@ def _variant(trace_file: Path, row: Row, requests: int | None, scratch: Path) ->
     return written
 
 
+def _has_like(task: tuple[Path, Row, str]) -> bool:
+    """Whether Dynamo's replay can do it: it has one router, and no policy by load alone."""
+    _, row, policy = task
+    return row.routers == 1 and POLICIES.get(policy) is not None
+
+
 def _ours(trace_file: Path, row: Row, policy: str) -> Run:
     started = time.monotonic()
 
@@ -189,6 +210,8 @@ def _ours(trace_file: Path, row: Row, policy: str) -> Run:
             workers=row.workers,
             prefill_workers=row.prefill_workers,
             block_size_tokens=_BLOCK_SIZE_TOKENS,
+            routers=row.routers,
+            load_lag_seconds=_LOAD_LAG_SECONDS if row.routers > 1 else 0.0,
         ),
     ).run(progress)
     served = [

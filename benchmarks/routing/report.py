@@ -26,8 +26,11 @@ with its defaults, where the router learns of blocks at once. That the two simul
 to be seen from the round-robin lines, where nothing depends on what a router knows. With a long
 shared prompt they are not: there Dynamo's steps take longer at equal reuse, and only policies of
 one system should be compared. Policies never see the length of an output, nor what is still to
-come. Dynamo has no policy by load alone. In a disaggregated set-up, "2 + 6 workers" are 2 that
-compute prompts and 6 that decode; KV moves in no time in both systems.
+come. Dynamo's replay has no policy by load alone, and one router; several of ours take requests in
+turn, know nothing of each other, and learn of loads 20 ms late. In a disaggregated set-up,
+"2 + 6 workers" are 2 that compute prompts and 6 that decode; KV moves in no time in both systems.
+*Conversations* are made up (`benchmarks/routing/synthetic.py`), *azure* is Azure's LLM inference
+trace, which tells of lengths alone.
 """
 
 
@@ -41,7 +44,9 @@ def markdown(benchmark: Benchmark) -> str:
         f"{machine.cpu}, {machine.cores} cores; {versions}.\n",
     ]
     if benchmark.runs:
-        parts += [_EXPLANATION, _runs(benchmark.runs)]
+        minutes = sum(run.wall_seconds for run in benchmark.runs) / 60
+        took = f"All replays together took {minutes:.0f} minutes of this machine.\n"
+        parts += [_EXPLANATION, took, _runs(benchmark.runs)]
     if benchmark.decisions:
         parts.append(
             "Decisions of one router process on one core, overlaps already known. *Holders* have "

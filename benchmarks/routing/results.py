@@ -28,6 +28,8 @@ class Row(_Record):
     """Beside `workers`, which decode then."""
     trace: str = ""
     """Another one than the benchmark's, by name."""
+    routers: int = 1
+    """That get requests in turn, and learn of loads late."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -35,7 +37,8 @@ class Row(_Record):
         prefill = f"{self.prefill_workers} + " if self.prefill_workers else ""
         prompt = f", {self.system_prompt_tokens:,} shared" if self.system_prompt_tokens else ""
         trace = f"{self.trace}, " if self.trace else ""
-        return f"{trace}{prefill}{self.workers} workers, {self.speed_up:g}x{prompt}"
+        routers = f", {self.routers} routers" if self.routers > 1 else ""
+        return f"{trace}{prefill}{self.workers} workers, {self.speed_up:g}x{prompt}{routers}"
 
 
 class Served(_Record):

@@ -122,8 +122,8 @@ class Candidates(Sequence[Candidate]):
         self.decode_tokens = self._decode_tokens()
         """KV that the worker would hold, this prompt's included."""
         self.stalled_tokens = self._stalled_tokens()
-        """Prompt tokens to compute, and those of a step where no other prompt waits for one, once
-        for each request that stands still meanwhile."""
+        """Prompt tokens to compute, and those of a step where no other prompt waits for one to
+        begin, once for each request that stands still meanwhile."""
         self.overflow_tokens = [
             tokens - worker.kv_room_tokens if tokens > worker.kv_room_tokens else 0
             for tokens, worker in zip(self.decode_tokens, workers, strict=True)
@@ -190,9 +190,9 @@ class Candidates(Sequence[Candidate]):
         if self.new_tokens is None or not self.is_decoding:
             return [0] * len(self.workers)
         return [
-            (new if queued else new + STEP_TOKENS) * requests
-            for new, queued, requests in zip(
-                self.new_tokens, self.queued_tokens, self.requests, strict=True
+            (new if worker.has_prompt_coming else new + STEP_TOKENS) * requests
+            for new, worker, requests in zip(
+                self.new_tokens, self.workers, self.requests, strict=True
             )
         ]
 

@@ -57,6 +57,7 @@ class Worker:
         "booked_kv_blocks",
         "booked_prefill_tokens",
         "booked_requests",
+        "has_prompt_coming",
         "holdings",
         "instance_id",
         "is_available",
@@ -102,6 +103,9 @@ class Worker:
         """In progress, waiting there, or on their way."""
         self.queued_prefill_tokens = 0
         """Prompt tokens ahead of a request that came now."""
+        self.has_prompt_coming = False
+        """Whether a prompt waits there for a step to begin, which a request that came now would be
+        in, too. What it has counted with the message of a step is in the step that began then."""
         self.active_kv_blocks = 0
         """Blocks of sequences in progress, and of those on their way."""
         self.kv_room_tokens = UNKNOWN_ROOM_TOKENS
@@ -148,3 +152,6 @@ class Worker:
         self.requests = load.running_requests + load.waiting_requests + self.booked_requests
         self.queued_prefill_tokens = load.queued_prefill_tokens + self.booked_prefill_tokens
         self.active_kv_blocks = load.active_kv_blocks + self.booked_kv_blocks
+        # An idle worker begins a step with the first request that comes.
+        begun = 0 if load.running_requests or load.waiting_requests else 1
+        self.has_prompt_coming = self.booked_prefill_tokens > 0 and self.booked_requests > begun

@@ -77,7 +77,13 @@ def test_the_example_of_the_manual_comes_out() -> None:
 
 
 fleets = st.lists(
-    st.tuples(st.integers(0, 5_000), st.integers(0, 300), st.integers(0, 40), st.integers(0, 400)),
+    st.tuples(
+        st.integers(0, 5_000),
+        st.integers(0, 300),
+        st.integers(0, 40),
+        st.integers(0, 400),
+        st.lists(st.integers(1, 900), max_size=3),
+    ),
     min_size=1,
     max_size=8,
 )
@@ -92,7 +98,7 @@ weights = st.floats(0, 5)
     st.integers(0, 99),
 )
 def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
-    fleet: list[tuple[int, int, int, int]],
+    fleet: list[tuple[int, int, int, int, list[int]]],
     prompt_tokens: int,
     held: dict[int, int],
     prices: tuple[float, float, float, float],
@@ -103,18 +109,24 @@ def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
     expected = {}
     roomy = []
     overlaps: dict[InstanceId, int] = {}
-    for number, (queued, active, running, total) in enumerate(fleet, start=1):
+    for number, (queued, active, running, total, booked) in enumerate(fleet, start=1):
         workers.append(worker(number, queued=queued, active=active, running=running, total=total))
+        for tokens in booked:
+            workers[-1].book(Booking(tokens, 0))
         blocks = min(held.get(number, 0), prompt_tokens // SIZE)
         overlaps[InstanceId(number)] = blocks
         new = max(1, prompt_tokens - blocks * SIZE)
         kv = (active + math.ceil(prompt_tokens / SIZE) - blocks) * SIZE
-        expected[number] = prefill * (queued + new) + decode * kv
-        expected[number] += stall * (new + (0 if queued else STEP_TOKENS)) * running
-        expected[number] += 128 * running
+        expected[number] = prefill * (queued + sum(booked) + new) + decode * kv
+        # The first one to come begins a step of an idle worker at once.
+        waiting_for_a_step = booked if running else booked[1:]
+        step = 0 if waiting_for_a_step else STEP_TOKENS
+        requests = running + len(booked)
+        expected[number] += stall * (new + step) * requests
+        expected[number] += 128 * requests
         if total:
             expected[number] += overflow * max(0, kv - total * SIZE)
-        if not total or not running or kv + queued <= total * SIZE:
+        if not total or not requests or kv + queued <= total * SIZE:
             roomy.append(number)
     policy = Policy(
         prefill_weight=prefill, decode_weight=decode, stall_weight=stall, overflow_weight=overflow
@@ -130,8 +142,10 @@ def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
 
 
 @given(fleets, st.integers(0, 99))
-def test_least_load_ignores_what_is_held(fleet: list[tuple[int, int, int, int]], seed: int) -> None:
-    workers = [worker(n, queued=q, active=a) for n, (q, a, _, _) in enumerate(fleet)]
+def test_least_load_ignores_what_is_held(
+    fleet: list[tuple[int, int, int, int, list[int]]], seed: int
+) -> None:
+    workers = [worker(n, queued=q, active=a) for n, (q, a, *_) in enumerate(fleet)]
     overlaps = {InstanceId(0): 4}
     picked = decided(workers, overlaps, "least-load", seed=seed).decode.worker
     loads = [w.queued_prefill_tokens + 0.2 * w.active_kv_blocks * SIZE for w in workers]
@@ -140,9 +154,9 @@ def test_least_load_ignores_what_is_held(fleet: list[tuple[int, int, int, int]],
 
 @given(fleets, st.integers(0, 999))
 def test_power_of_two_takes_the_less_loaded_of_two(
-    fleet: list[tuple[int, int, int, int]], seed: int
+    fleet: list[tuple[int, int, int, int, list[int]]], seed: int
 ) -> None:
-    workers = [worker(n, queued=q, active=a) for n, (q, a, _, _) in enumerate(fleet)]
+    workers = [worker(n, queued=q, active=a) for n, (q, a, *_) in enumerate(fleet)]
     decision = decided(workers, policy="power-of-two", seed=seed)
     drawn = {n: cost for n, cost in costs(decision).items() if cost < math.inf}
     assert len(drawn) == min(2, len(workers))
@@ -260,10 +274,24 @@ def test_prompts_avoid_workers_where_many_would_stand_still() -> None:
 
 def test_a_short_prompt_joins_one_that_waits_rather_than_take_a_step_of_its_own() -> None:
     """A step of its own would hold up as many again."""
-    workers = [worker(1, running=50, queued=200), worker(2, running=50)]
+    workers = [worker(1, running=50), worker(2, running=50)]
+    workers[0].book(Booking(200, 13))
     assert chosen(workers) == 1
     # An idle worker holds up nobody.
     assert chosen([*workers, worker(3)]) == 3
+
+
+def test_a_prompt_does_not_join_one_whose_step_has_begun() -> None:
+    """What the worker has counted was there when its step began."""
+    assert chosen([worker(1, running=50, queued=200), worker(2, running=50)]) == 2
+    # Likewise what an idle worker got first, which does not wait for others.
+    idle = [worker(1), worker(2)]
+    for one, tokens in zip(idle, (200, 150), strict=True):
+        one.book(Booking(tokens, 0))
+    policy = Policy(decode_weight=0.0, request_tokens=0.0, stall_weight=1.0)
+    assert chosen(idle, policy=policy) == 2
+    idle[0].book(Booking(1, 0))
+    assert chosen(idle, policy=policy) == 1
 
 
 def test_candidates_stay_as_they_were_when_it_was_decided() -> None:
