@@ -133,6 +133,8 @@ class Scheduler:
         self._host_link = HostLink(limits.host_load_seconds_per_block)
         self._prefilling: dict[RequestKey, Sequence] = {}
         self._decoding: dict[RequestKey, Sequence] = {}
+        self._decoding_tokens = 0
+        """Of all decoding sequences, prompts and outputs."""
         self._kept: dict[str, Sequence] = {}
         """By session id."""
         self._next_expiry = float("inf")
@@ -353,6 +355,8 @@ class Scheduler:
         assert {block: n for block, n in self.pool.holders().items() if n} == holders
         assert sum(each.private_blocks for each in everyone) == self.pool.private_blocks
         assert sum(each.pending_prefill_tokens for each in everyone) == self._queued_prefill_tokens
+        decoding = self._decoding.values()
+        assert sum(len(each.tokens) for each in decoding) == self._decoding_tokens
         groups = {
             Phase.WAITING: self._waiting,
             Phase.PULLING: self._pulling,
@@ -510,18 +514,17 @@ class Scheduler:
     def _work(self) -> StepWork:
         prefill_tokens = 0
         decoding_sequences = len(self._decoding)
+        decoding_tokens = self._decoding_tokens
         for sequence, count_tokens in self._chunks:
             if sequence.phase is not Phase.PREFILLING:
                 continue
             if sequence.transferred_tokens and count_tokens == 1:
                 decoding_sequences += 1
+                decoding_tokens += len(sequence.tokens)
             else:
                 prefill_tokens += count_tokens
-        return StepWork(
-            prefill_tokens,
-            decoding_sequences,
-            self.pool.active_blocks / self.pool.total_blocks,
-        )
+        room_tokens = self.pool.total_blocks * self.limits.block_size_tokens
+        return StepWork(prefill_tokens, decoding_sequences, min(1.0, decoding_tokens / room_tokens))
 
     def _running_or_coming(self) -> int:
         running = len(self._decoding) + len(self._prefilling)
@@ -584,6 +587,7 @@ class Scheduler:
                 is_last = True
                 step.finishes.append(Finish(request.key, FinishReason.STOP))
         sequence.tokens.append(token)
+        self._decoding_tokens += 1
         step.keys.append(request.key)
         step.tokens.append(token)
         if request.logprobs is not None and request.logprobs.output_alternatives is not None:
@@ -616,6 +620,7 @@ class Scheduler:
                 step.prompt_logprobs.append(self._prompt_logprobs(sequence, asked))
         sequence.phase = Phase.DECODING
         self._decoding[request.key] = sequence
+        self._decoding_tokens += len(sequence.tokens)
         full_tokens = sequence.held_blocks * self.limits.block_size_tokens
         sequence.room_tokens = -len(sequence.tokens) % self.limits.block_size_tokens
         sequence.state = reduce(
@@ -721,7 +726,8 @@ class Scheduler:
         """Sends a sequence back to the head of the queue, with what it has produced."""
         key = sequence.request.key
         self._give_back(sequence)
-        self._decoding.pop(key, None)
+        if self._decoding.pop(key, None) is not None:
+            self._decoding_tokens -= len(sequence.tokens)
         self._prefilling.pop(key, None)
         sequence.phase = Phase.WAITING
         # A transfer happens once: what it brought is cached here or gone.
@@ -746,6 +752,7 @@ class Scheduler:
                 del self._prefilling[key]
             case Phase.DECODING:
                 del self._decoding[key]
+                self._decoding_tokens -= len(sequence.tokens)
             case Phase.KEPT:
                 del self._kept[self._session_id(sequence)]
         sequence.phase = Phase.ENDED

@@ -14,7 +14,8 @@ class StepWork:
     decoding_sequences: int
     """Sequences that get their next token by computing just the last one."""
     kv_usage: float
-    """Part of the device's KV blocks that is in use, 0 to 1."""
+    """What of the device's KV the decoding sequences read, 0 to 1: their tokens as a part of all
+    that it has room for. A block that several of them share is read for each."""
 
 
 TimingModel = Callable[[StepWork], float]

@@ -206,6 +206,29 @@ def test_long_prompts_are_computed_in_chunks_that_share_a_step_with_decoding() -
     ]
 
 
+def test_decoding_reads_the_kv_of_each_sequence_and_not_of_prompts_under_way() -> None:
+    """As in Dynamo's mocker: what two share is read twice."""
+    works = works_of(
+        request(1, range(20), max_tokens=9),
+        request(2, range(20), max_tokens=9),
+        request(3, range(100, 200), max_tokens=1),
+        chunk_tokens=42,
+        total_kv_blocks=40,
+    )
+    room = 40 * limits().block_size_tokens
+    read = [round(each.kv_usage * room) for each in works[:4]]
+    # 40 of the third one's 100 tokens are computed in each of the next steps.
+    assert read == [0, 21 + 21, 22 + 22, 23 + 23]
+    assert [each.prefill_tokens for each in works[:4]] == [42, 40, 40, 18]
+
+
+def test_kv_that_is_read_more_than_once_counts_as_all_at_most() -> None:
+    works = works_of(
+        *(request(key, range(40), max_tokens=3) for key in range(1, 5)), total_kv_blocks=14
+    )
+    assert max(each.kv_usage for each in works) == 1.0
+
+
 def test_requests_are_admitted_in_order_up_to_the_limit() -> None:
     drive = Drive(scheduler(max_running_requests=2))
     drive.submit(*(request(key, [key], max_tokens=3) for key in (1, 2, 3)))
