@@ -23,10 +23,11 @@ Ours runs the router's decisions, the KV indexer's index and the simulator's sch
 timing of Dynamo's mocker, its 16,384 blocks of 16 tokens a worker and its steps of at most 8,192
 tokens. The index learns of blocks 50 ms late, as in service. Theirs is Dynamo's own offline replay
 with its defaults, where the router learns of blocks at once. That the two simulators are alike is
-to be seen from the round-robin lines, where nothing depends on what a router knows. Policies never see
-the length of an output, nor what is still to come. Dynamo's replay has no policy by load alone, and one router; several of ours take requests in
-turn, know nothing of each other, and learn of loads 20 ms late. In a disaggregated set-up,
-"2 + 6 workers" are 2 that compute prompts and 6 that decode; KV moves in no time in both systems.
+to be seen from the round-robin lines, where nothing depends on what a router knows. Policies never
+see the length of an output, nor what is still to come. Dynamo's replay has no policy by load alone,
+and one router; several of ours take requests in turn, know nothing of each other, and learn of
+loads 20 ms late. In a disaggregated set-up, "2 + 6 workers" are 2 that compute prompts and 6 that
+decode; KV moves in no time in both systems.
 *Conversations* are made up (`benchmarks/routing/synthetic.py`), *azure* is Azure's LLM inference
 trace, which tells of lengths alone.
 """
