@@ -1,9 +1,10 @@
 """Requests begin a few at a time, in the order in which they came.
 
 What ends together begins together: a few hundred clients whose answers end in one round all send
-their next request at once, and taking these in, half a millisecond each, would keep everyone's
-tokens waiting for as long as it takes. Then these would end together, too. With turns of other work
-between them bursts spread out instead of growing.
+their next request at once. To take these in, half a millisecond each, would keep everyone's tokens
+waiting, and those who wait would end together, too. With turns of other work between them bursts
+spread out instead of growing. Bodies have been read and checked before a request asks for its turn;
+tokens, limits, hashes and the way to a router, most of the time, come after it.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def rest_seconds(took_seconds: float) -> float:
 class Rounds(Generic[ItemT]):
     """What has arrived and was not handed out. One writer, one reader.
 
-    It has no bound of its own: the writer's peer sends no more than it has credit for, and gets
-    that for what was handed out.
+    It has no bound of its own: the writer's peer sends no more messages than it has credit for, and
+    gets that for what was handed out. Messages have a limit of size.
     """
 
     def __init__(self) -> None:

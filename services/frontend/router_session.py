@@ -273,6 +273,7 @@ class _RouterSession:
         channels: Channels,
     ) -> None:
         self._router = router
+        self._facts = {"router": router.name, "address": router.address}
         self._channels = channels
         self._window_responses = window_responses
         self._on_connection = on_connection
@@ -283,7 +284,6 @@ class _RouterSession:
         self._submits: list[router_pb2.Submit] = []
         self._cancels: list[int] = []
         self._consumed_responses = 0
-        self._acknowledged_responses = 0
         self._to_send = asyncio.Event()
         self._call: _Call | None = None
 
@@ -335,10 +335,15 @@ class _RouterSession:
                 await self._connect()
                 log.info("router session ended", router=self._router.name)
             except TimeoutError:
-                log.warning("router not reached", router=self._router.name)
+                log.warning("router not reached", **self._facts, seconds=CONNECT_SECONDS)
                 self._channels.failed(self._router.address, "router")
             except grpc.aio.AioRpcError as error:
-                log.warning("router session broke", router=self._router.name, error=error.details())
+                log.warning(
+                    "router session broke",
+                    **self._facts,
+                    status=error.code().name,
+                    error=error.details(),
+                )
                 self._channels.failed(self._router.address, "router", error)
             except (ProtocolViolation, DecodeError) as error:
                 log.error("router broke the protocol", router=self._router.name, error=str(error))
@@ -365,9 +370,7 @@ class _RouterSession:
                     for response in arrived:
                         self._deliver(response)
                     self._consumed_responses += len(arrived)
-                    due = self._acknowledged_responses + self._window_responses // 4
-                    if self._consumed_responses > due:
-                        self._to_send.set()
+                    self._to_send.set()  # So that the router may send as many again.
         finally:
             call.cancel()
             self._call = None
@@ -381,7 +384,7 @@ class _RouterSession:
         for inbox in inboxes.values():
             inbox.fail(WorkerLost(f"the session with {self._router.name} broke"))
         self._submits, self._cancels = [], []
-        self._consumed_responses = self._acknowledged_responses = 0
+        self._consumed_responses = 0
 
     async def _write(self, call: _Call) -> None:
         """The one writer: what is waiting goes into one message once the last one has gone."""
@@ -394,7 +397,6 @@ class _RouterSession:
                 self._to_send.clear()
                 submits = self._take_submits()
                 cancels, self._cancels = self._cancels, []
-                self._acknowledged_responses = self._consumed_responses
                 await call.write(
                     router_pb2.SessionRequest(
                         consumed_responses=self._consumed_responses,

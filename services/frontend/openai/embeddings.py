@@ -198,6 +198,7 @@ class EmbeddingResponse(Response):
         accepted_at = asyncio.get_running_loop().time()
         deadline = accepted_at + pipeline.settings.request_timeout_seconds
         exchange = exchange_of(scope)
+        exchange.answer_id = self._answer_id
         caller, options = exchange.caller, body.options()
         with pipeline.admitted(caller), Watch(deadline, exchange.connection):
             exchange.model = pipeline.models.canonical_name(body.model)

@@ -12,6 +12,7 @@ from starlette.types import Scope
 from libs.common.errors import SwitchgearError
 from services.frontend.anthropic.errors import error_response
 from services.frontend.openai.errors import ApiError, api_error_of, internal_error
+from services.frontend.openai.exchange import exchange_of
 from services.frontend.watch import ClientLeft
 
 
@@ -48,6 +49,7 @@ def answer_to(error: Exception, scope: Scope) -> Response:
         case ApiError():
             return error_response(error, scope)
         case SwitchgearError():
+            exchange_of(scope).failure = error
             return error_response(api_error_of(error), scope)
         case _:
             return error_response(internal_error(), scope)

@@ -9,9 +9,13 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from libs.common import logs
+from libs.common.errors import SwitchgearError
 from services.frontend.access import ANYONE, Caller
 from services.frontend.pipeline import Pipeline, new_request_id
 from services.frontend.watch import Connection
+
+log = logs.get(__name__)
 
 CONNECTION = "switchgear.connection"
 """Name of the extension by which the server tells what connection a request came on."""
@@ -21,6 +25,9 @@ _REFUSED = b"x-switchgear-refused"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/-]{1,128}")
 _CLIENT_LEFT = 499
 """nginx's status for a client that did not wait. Only ever seen in metrics."""
+
+_OUR_FAULT = HTTPStatus.INTERNAL_SERVER_ERROR
+"""What is below is the client's."""
 
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
@@ -57,6 +64,10 @@ class Exchange:
     status: int = _CLIENT_LEFT
     caller: Caller = ANYONE
     """Who asks, once that is known."""
+    answer_id: str = ""
+    """The name by which routers and workers know the request, once it has one."""
+    failure: SwitchgearError | None = None
+    """What the client was told in place of an answer, or of the rest of one."""
 
     @property
     def traceparent(self) -> str:
@@ -102,6 +113,16 @@ class ExchangeRecorder:
         try:
             await self._app(scope, receive, send_named)
         finally:
+            if exchange.failure is not None and exchange.failure.http >= _OUR_FAULT:
+                log.warning(
+                    "request failed",
+                    request_id=exchange.request_id,
+                    answer_id=exchange.answer_id,
+                    model=exchange.model,
+                    status=exchange.status,
+                    reason=exchange.failure.reason,
+                    error=exchange.failure.message,
+                )
             self._pipeline.metrics.requests_of(
                 exchange.model, _endpoint(scope["path"]), str(exchange.status)
             ).inc()

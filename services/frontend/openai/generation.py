@@ -74,6 +74,7 @@ class GenerationResponse(Response):
             error.param = self._body.param_of(error.param)
             if not self._is_started:
                 raise
+            exchange_of(scope).failure = error
             last = self._dialect.error_event(api_error_of(error))
         except Exception:  # A bug, which must not look like the end of the text.
             if not self._is_started:
@@ -89,6 +90,7 @@ class GenerationResponse(Response):
         accepted_at = asyncio.get_running_loop().time()
         deadline = accepted_at + pipeline.settings.request_timeout_seconds
         exchange = exchange_of(scope)
+        exchange.answer_id = self._answer_id
         caller = exchange.caller
         with (
             self._place or pipeline.admitted(caller),

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from libs.common.errors import InternalError, InvalidRequest, NoLiveInstance, WorkerLost
 from switchgear.common.v1 import generation_pb2
@@ -164,7 +165,12 @@ async def test_a_request_that_lost_its_worker_waits_for_a_new_one(tmp_path: Path
             await Mortal([])(call)
 
     async with fake_router(behave) as router, frontend(tmp_path, [router]) as started:
-        assert await stream_text(started) == ANSWER
+        with capture_logs() as logs:
+            assert await stream_text(started) == ANSWER
+        assert started.metric("migrations_total", model=NAME, reason="WORKER_LOST") == 1
+        assert started.metric("migrations_total", model=NAME, reason="NO_LIVE_INSTANCE") == 0
+        told = [entry["event"] for entry in logs if entry["event"].startswith("request ")]
+        assert told == ["request migrates", "request waits for a worker"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from libs.common.errors import InternalError, NoLiveInstance, Overloaded, SwitchgearError
 from switchgear.discovery.v1.discovery_pb2 import ROLE_PREFILL_WORKER
@@ -335,6 +336,23 @@ async def test_a_failure_before_the_first_token_is_an_http_status(
             assert "secret" not in response.text
         assert started.metric("errors_total", reason=failure.reason) == 2
         assert len(router.calls) == 2
+
+
+async def test_a_failure_on_our_side_is_found_by_the_id_that_the_client_got(tmp_path: Path) -> None:
+    failures: list[SwitchgearError] = [Overloaded("full"), NoLiveInstance("nobody")]
+
+    async def behave(call: Call) -> None:
+        call.fail(failures[len(router.calls) - 1])
+
+    async with fake_router(behave) as router, frontend(tmp_path, [router]) as started:
+        with capture_logs() as logs:
+            assert (await started.chat()).status_code == 429  # Nobody's fault but the load's.
+            response = await started.chat()
+        assert response.status_code == 503
+        [entry] = [entry for entry in logs if entry["event"] == "request failed"]
+        assert entry["request_id"] == response.headers["x-request-id"]
+        assert entry["answer_id"] == router.calls[1].generation.request_id
+        assert (entry["status"], entry["reason"]) == (503, "NO_LIVE_INSTANCE")
 
 
 async def test_a_failure_after_the_first_token_is_the_last_event(tmp_path: Path) -> None:
