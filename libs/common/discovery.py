@@ -24,6 +24,7 @@ from libs.common.credentials import ServerAccess
 from libs.common.errors import NoLiveInstance
 from libs.common.etcd_client import EtcdClient, as_refusal
 from libs.common.mistrust import FailedConnections
+from libs.common.outage import Outage
 from libs.common.tasks import background
 from switchgear.discovery.v1 import discovery_pb2
 
@@ -100,6 +101,9 @@ class Table(Generic[T]):
                 listener()
 
 
+_REGISTRATION = "registration"
+
+
 class _Silence:
     """Whether etcd has answered of late. While it did not, nobody could keep a lease alive, so
     leases that end then, or soon after, say nothing about who holds them."""
@@ -138,6 +142,7 @@ class Discovery:
         self._access = access or ServerAccess()
         self._root = f"/switchgear/v1/{namespace}/"
         self._silence = _Silence()
+        self._outage = Outage()
         url = urlsplit(etcd_url)
         self._host = url.hostname or "127.0.0.1"
         self._address = f"{self._host}:{url.port or 2379}"
@@ -158,15 +163,25 @@ class Discovery:
                 if self._failed is not None:
                     await self._failed.look("etcd", self._address, self._host)
                 raise refusal from error
-            self._report(error)
+            self._say(error)
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, who: str, error: Exception) -> None:
         if self._failed is not None:
             self._failed.look_into("etcd", self._address, self._host)
+        if self._outage.failed(who, asyncio.get_running_loop().time()):
+            self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        waiting = self._outage.waiting
         if (refusal := as_refusal(self._url, error)) is not None:
-            log.error("etcd refuses", error=str(refusal))
+            log.error("etcd refuses", waiting=waiting, error=str(refusal))
         else:
-            log.warning("etcd unavailable", url=self._url, error=repr(error))
+            log.warning("etcd unavailable", url=self._url, waiting=waiting, error=repr(error))
+
+    def _works(self, who: str) -> None:
+        seconds = self._outage.worked(who, asyncio.get_running_loop().time())
+        if seconds is not None:
+            log.info("etcd available again", url=self._url, seconds=round(seconds, 1))
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[aetcd.Client]:
@@ -205,6 +220,7 @@ class Discovery:
                 async with self._client() as client:
                     lease = await client.lease(LEASE_SECONDS)
                     self._silence.answered(time())
+                    self._works(_REGISTRATION)
                     try:
                         for key, value in keys.items():
                             await client.put((self._root + key).encode(), value, lease=lease)
@@ -216,7 +232,7 @@ class Discovery:
                             await lease.revoke()
                         raise
             except _FAILURES as error:
-                self._report(error)
+                self._report(_REGISTRATION, error)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _keep_alive(self, lease: aetcd.Lease) -> None:
@@ -280,7 +296,7 @@ class Discovery:
                 async with self._client() as client:
                     await self._follow(client, prefix, message, table)
             except _FAILURES as error:
-                self._report(error)
+                self._report(prefix, error)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(
@@ -289,6 +305,7 @@ class Discovery:
         """Reads everything, then follows changes. Returns or raises when the watch ends."""
         root = (self._root + prefix).encode()
         found = await client.get_prefix(root)
+        self._works(prefix)
         entries: dict[Key, T] = {}
         for item in found:
             key = _key(root, item.key)

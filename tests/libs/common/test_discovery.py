@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import aetcd
 import pytest
+from structlog.testing import capture_logs
 
 from libs.common import discovery
 from libs.common.discovery import Discovery, Table, new_instance_id
@@ -94,15 +95,19 @@ async def test_an_etcd_restart_is_outlived(etcd_server: ServerProcess) -> None:
     async with there.watching("instances/", discovery_pb2.Instance) as instances:
         changes: list[int] = []
         instances.on_change(lambda: changes.append(len(instances.entries)))
-        async with there.registered(WORKER):
-            await until(lambda: len(instances.entries) == 1)
-            server.stop()
-            server.start()
-            async with there.registered(late):
-                await until(lambda: len(instances.entries) == 2)
-            await until(lambda: len(instances.entries) == 1)
-            # Never was it believed that the worker had gone.
-            assert 0 not in changes
+        with capture_logs() as logs:
+            async with there.registered(WORKER):
+                await until(lambda: len(instances.entries) == 1)
+                server.stop()
+                await until(lambda: any(each["event"] == "etcd unavailable" for each in logs))
+                server.start()
+                async with there.registered(late):
+                    await until(lambda: len(instances.entries) == 2)
+                await until(lambda: len(instances.entries) == 1)
+                # Never was it believed that the worker had gone.
+                assert 0 not in changes
+            told = [each["event"] for each in logs if each["event"].startswith("etcd ")]
+            assert told == ["etcd unavailable", "etcd available again"]
 
 
 async def test_one_that_died_during_an_outage_is_dropped_after_a_lease(
