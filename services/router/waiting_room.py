@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 
 from prometheus_client import Gauge
 
 from services.router.core.decision_log import Record
 from services.router.core.held import HeldRequests
-from services.router.core.workers import Role
+from services.router.core.workers import InstanceId, Role
 from services.router.fleet import Fleet
 
 LOOK_SECONDS = 0.01
 """Between two looks at who fits: about a step of an engine, with which its load comes."""
+
+TRIES_PER_TURN = 32
+"""Decisions that are made before the event loop gets to do something else."""
 
 HELD = Gauge(
     "switchgear_router_held_requests", "Requests held back since no decode worker has room for them"
@@ -31,7 +36,8 @@ class WaitingRoom:
         self._fleet = fleet
         self._held: defaultdict[str, HeldRequests[Retry]] = defaultdict(HeldRequests)
         """By model; none is empty."""
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._round = self._to_try()
 
     def add(self, retry: Retry, record: Record, arrived_at: float) -> bool:
         """Holds a request for which a decision has found no room; False when too many are held."""
@@ -59,15 +65,28 @@ class WaitingRoom:
             self._timer = loop.call_later(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
+        """Tries those that fit again; beyond some in the next turn of the loop, from there on."""
         self._timer = None
+        tries = 0
         try:
-            for model, held in list(self._held.items()):
-                free_tokens = {
-                    worker.instance_id: worker.free_kv_tokens
-                    for worker in self._fleet.workers
-                    if worker.is_available and worker.role is Role.DECODE and worker.model == model
-                }
-                for retry in held.fitting(free_tokens):
-                    retry()
+            for retry in islice(self._round, TRIES_PER_TURN):
+                tries += 1
+                retry()
         finally:
-            self._look_later()
+            if tries == TRIES_PER_TURN:
+                self._timer = asyncio.get_running_loop().call_soon(self._look)
+            else:
+                self._round = self._to_try()
+                self._look_later()
+
+    def _to_try(self) -> Iterator[Retry]:
+        """One round through all that are held."""
+        for model, held in list(self._held.items()):
+            yield from held.to_try(partial(self._free_tokens, model))
+
+    def _free_tokens(self, model: str) -> dict[InstanceId, int]:
+        return {
+            worker.instance_id: worker.free_kv_tokens
+            for worker in self._fleet.workers
+            if worker.is_available and worker.role is Role.DECODE and worker.model == model
+        }

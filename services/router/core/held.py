@@ -8,7 +8,7 @@ case: its worker then makes room for it.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from services.router.core.workers import InstanceId
@@ -62,21 +62,36 @@ class HeldRequests(Generic[Key]):
         if entry is not None:
             self._entries.remove(entry)
 
-    def fitting(self, free_tokens: Mapping[InstanceId, int]) -> list[Key]:
-        """Those for which any of some workers has room, each by itself, in order of arrival."""
-        most = max(free_tokens.values(), default=-1)
-        return [
-            entry.key
-            for entry in self._entries
-            if entry.least_tokens <= most
-            and any(
-                entry.tokens - entry.held_tokens.get(instance, 0) <= free
-                for instance, free in free_tokens.items()
-            )
-        ]
+    def to_try(self, free_tokens: Callable[[], Mapping[InstanceId, int]]) -> Iterator[Key]:
+        """Those that had better not wait on, in order of arrival: some worker has room for them, or
+        there is no worker to wait for.
+
+        The room that workers have is asked for at first and after each that is told, which may have
+        taken some. Requests may be added, which are not told, and removed meanwhile.
+        """
+        free = free_tokens()
+        most = max(free.values(), default=-1)
+        for entry in list(self._entries):
+            if self._by_key.get(entry.key) is not entry:
+                continue
+            if not free or _fits(entry, free, most):
+                yield entry.key
+                free = free_tokens()
+                most = max(free.values(), default=-1)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._by_key
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _fits(entry: _Entry[Key], free_tokens: Mapping[InstanceId, int], most: int) -> bool:
+    """Whether any worker has room; `most` is what the roomiest has."""
+    return entry.tokens <= most or (
+        entry.least_tokens <= most
+        and any(
+            instance in free_tokens and entry.tokens - held <= free_tokens[instance]
+            for instance, held in entry.held_tokens.items()
+        )
+    )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain, repeat
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,11 +16,12 @@ additions = st.tuples(
 rooms = st.dictionaries(workers, st.integers(-20, 120))
 
 
-@given(st.lists(st.one_of(additions, keys), max_size=40), st.integers(1, 6), rooms)
-def test_those_that_some_worker_has_room_for_are_told_in_order_of_arrival(
+@given(st.lists(st.one_of(additions, keys), max_size=40), st.integers(1, 6), rooms, rooms)
+def test_those_that_some_worker_has_room_for_when_it_is_their_turn_are_told_in_order_of_arrival(
     taken: list[tuple[int, int, int, dict[InstanceId, int]] | int],
     bound: int,
     room: dict[InstanceId, int],
+    room_later: dict[InstanceId, int],
 ) -> None:
     held: HeldRequests[int] = HeldRequests(bound)
     model: dict[int, tuple[int, int, dict[InstanceId, int]]] = {}
@@ -36,9 +39,27 @@ def test_those_that_some_worker_has_room_for_are_told_in_order_of_arrival(
         assert len(held) == len(model)
     assert all((key in held) == (key in model) for key in range(10))
     # Sorting keeps those that arrived at the same time as they were added.
-    expected = [
-        key
-        for key, (_, tokens, has) in sorted(model.items(), key=lambda item: item[1][0])
-        if any(tokens - has.get(worker, 0) <= free for worker, free in room.items())
-    ]
-    assert held.fitting(room) == expected
+    expected = []
+    free = room
+    for key, (_, tokens, has) in sorted(model.items(), key=lambda item: item[1][0]):
+        if not free or any(tokens - has.get(one, 0) <= left for one, left in free.items()):
+            expected.append(key)
+            free = room_later
+    told = chain([room], repeat(room_later))
+    assert list(held.to_try(lambda: next(told))) == expected
+
+
+@given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
+def test_without_any_worker_all_that_are_still_held_are_told(
+    added: set[int], removed: set[int]
+) -> None:
+    held: HeldRequests[int] = HeldRequests()
+    for key in added:
+        held.add(key, key, 100, {})
+    found = []
+    for key in held.to_try(dict):
+        found.append(key)
+        for other in removed - set(found):
+            held.remove(other)
+    first = min(added, default=0)
+    assert found == sorted(key for key in added if key == first or key not in removed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -17,6 +18,7 @@ from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
 from services.router import fleet, relay
 from services.router.core.workers import Load
+from services.router.decider import Decider
 from switchgear.common.v1 import generation_pb2, outputs_pb2, routing_pb2
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2
@@ -244,6 +246,42 @@ async def test_a_held_request_that_is_cancelled_or_whose_frontend_leaves_is_forg
     session.call.cancel()
     await until(lambda: _held() == 0)
     await until(worker.host.idle.is_set)
+
+
+async def test_what_is_held_when_the_last_decode_worker_leaves_fails_at_once() -> None:
+    async with standing(max_held_seconds=3600) as stand:
+        worker = await stand.add(DECODE, "d", SMALL)
+        session = await _beside_a_large_request(stand)
+        await session.submit(3, [6] * 640, 3)
+        await until(lambda: _held() == 2)
+        await worker.die()
+        await session.read_until(lambda: {1, 2, 3} <= session.failures.keys())
+        reasons = [session.failures[handle].error.reason for handle in (1, 2, 3)]
+        assert reasons == ["WORKER_LOST", "NO_LIVE_INSTANCE", "NO_LIVE_INSTANCE"]
+        assert _held() == 0
+        session.call.cancel()
+
+
+async def test_of_many_held_requests_as_many_are_decided_on_as_there_is_room_for(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    for handle in range(3, 41):
+        await session.submit(handle, [handle] * 640, 1)
+    await until(lambda: _held() == 39)
+    decided: list[str] = []
+    decide = Decider.decide
+
+    def counted(self: Decider, routing: router_pb2.RoutingRequest, *args: Any, **kw: Any) -> Any:
+        decided.append(routing.request_id)
+        return decide(self, routing, *args, **kw)
+
+    monkeypatch.setattr(Decider, "decide", counted)
+    await session.read_until(lambda: len(session.finished) == 40)
+    # Each has the worker to itself, so none is looked at before it is its turn.
+    assert decided == [f"r{handle}" for handle in range(2, 41)]
+    session.call.cancel()
 
 
 async def test_who_is_held_for_long_waits_at_a_worker() -> None:
