@@ -265,28 +265,51 @@ class Relay:
                 [request.routing for request in requests],
                 ["" if r.trace is None else r.trace.overlaps_asked() for r in requests],
             )
-            for request, request_found in zip(requests, found, strict=True):
-                request.found = request_found
-                if request.trace is not None:
-                    request.trace.overlaps_found(
-                        len(request_found.overlaps), are_known=request_found.are_known
-                    )
-                if self._requests.get(request.handle) is request:
-                    self._dispatch(request)
         except Exception:
-            log.exception("routing failed")
             for request in requests:
-                if self._requests.get(request.handle) is request and request.link is None:
-                    self._fail(request, InternalError("internal error"))
+                self._broken(request)
+            return
+        for request, request_found in zip(requests, found, strict=True):
+            try:
+                self._dispatch(request, request_found)
+            except Exception:
+                self._broken(request)
 
-    def _dispatch(self, request: _Request) -> None:
+    def _dispatch(self, request: _Request, found: Found) -> None:
         """Finds out what the request wishes, and sends it on its way."""
+        request.found = found
+        if request.trace is not None:
+            request.trace.overlaps_found(len(found.overlaps), are_known=found.are_known)
+        if self._requests.get(request.handle) is not request:
+            return
         try:
             request.wishes = self._decider.wishes(request.routing)
         except SwitchgearError as error:
             self._fail(request, error)
             return
         self._proceed(request)
+
+    def _go_on(self, request: _Request, *, may_hold: bool = True) -> None:
+        """Decides again on a request. What goes wrong ends it alone."""
+        try:
+            self._proceed(request, may_hold=may_hold)
+        except Exception:
+            self._broken(request)
+
+    def _broken(self, request: _Request) -> None:
+        """Ends a request whose handling has raised what is being handled now."""
+        log.exception(
+            "routing failed",
+            **tracing.log_ids(request.routing.request_id, request.routing.traceparent),
+        )
+        try:
+            if self._requests.get(request.handle) is request:
+                if request.link is not None:
+                    request.link.cancel(request.handle)
+                self._fail(request, InternalError("internal error"))
+        finally:
+            # It would be tried for ever.
+            self._hold_no_longer(request)
 
     def _proceed(self, request: _Request, *, may_hold: bool = True) -> None:
         """Decides and sends the request on its next leg, or holds it while no decode worker has
@@ -317,12 +340,12 @@ class Relay:
             seconds = min(seconds, (request.deadline - now) / 2)
         if request.kv_session is not None:
             seconds = min(seconds, (request.kv_expires_at - now) * LEASE_PART)
-        retry = partial(self._proceed, request)
+        retry = partial(self._go_on, request)
         if seconds <= 0 or not self._decider.waiting_room.add(retry, record, request.arrived_at):
             return False
         request.retry = retry
         request.hold_timer = self._loop.call_later(
-            seconds, partial(self._proceed, request, may_hold=False)
+            seconds, partial(self._go_on, request, may_hold=False)
         )
         return True
 
@@ -532,7 +555,7 @@ class Relay:
         record.prefill_cached_tokens = prefilled.cached_tokens
         if record.decision.prefill is not None:
             self._check.computed(record, record.decision.prefill, prefilled.cached_tokens)
-        self._proceed(request)
+        self._go_on(request)
 
     def _started(self, link: WorkerLink, start: outputs_pb2.SequenceStart) -> None:
         """The decode worker has the prompt's KV: what it had of it, and what it pulled."""

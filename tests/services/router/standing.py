@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -200,7 +200,10 @@ class Session:
         await self.call.write(router_pb2.SessionRequest(window_responses=self._window))
 
     async def submit(self, handle: int, prompt: list[int], max_tokens: int) -> None:
-        hashes = hashing.sequence_hashes(prompt, 16)
+        await self.submit_all({handle: prompt}, max_tokens)
+
+    async def submit_all(self, prompts: Mapping[int, list[int]], max_tokens: int) -> None:
+        """Prompts by handle, in one message."""
         await self.call.write(
             router_pb2.SessionRequest(
                 submits=[
@@ -212,9 +215,10 @@ class Session:
                             model=MODEL,
                             prompt_tokens=len(prompt),
                             block_size_tokens=16,
-                            sequence_hashes=hashes,
+                            sequence_hashes=hashing.sequence_hashes(prompt, 16),
                         ),
                     )
+                    for handle, prompt in prompts.items()
                 ],
                 consumed_responses=self._received,
             )

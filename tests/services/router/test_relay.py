@@ -284,6 +284,45 @@ async def test_of_many_held_requests_as_many_are_decided_on_as_there_is_room_for
     session.call.cancel()
 
 
+def _break_decisions_on(monkeypatch: pytest.MonkeyPatch, request_id: str) -> None:
+    decide = Decider.decide
+
+    def broken(self: Decider, routing: router_pb2.RoutingRequest, *args: Any, **kw: Any) -> Any:
+        if routing.request_id == request_id:
+            raise RuntimeError("as told")
+        return decide(self, routing, *args, **kw)
+
+    monkeypatch.setattr(Decider, "decide", broken)
+
+
+async def test_a_request_that_breaks_routing_fails_alone_of_those_that_came_with_it(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    _break_decisions_on(monkeypatch, "r4")
+    await session.submit_all({3: [6] * 640, 4: [7] * 640, 5: [8] * 640}, 3)
+    await session.read_until(lambda: len(session.finished) == 4)
+    assert session.finished.keys() == {1, 2, 3, 5}
+    assert {h: failed.error.reason for h, failed in session.failures.items()} == {4: "INTERNAL"}
+    assert _held() == 0
+    session.call.cancel()
+
+
+async def test_a_held_request_that_breaks_routing_fails_alone_of_those_that_are_held(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    await session.submit(3, [6] * 640, 3)
+    await until(lambda: _held() == 2)
+    _break_decisions_on(monkeypatch, "r2")
+    await session.read_until(lambda: 3 in session.finished)
+    assert {h: failed.error.reason for h, failed in session.failures.items()} == {2: "INTERNAL"}
+    assert _held() == 0
+    session.call.cancel()
+
+
 async def test_who_is_held_for_long_waits_at_a_worker() -> None:
     async with standing(max_held_seconds=HELD_SECONDS) as stand:
         worker = await stand.add(DECODE, "d", SMALL)
