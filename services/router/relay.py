@@ -493,6 +493,7 @@ class Relay:
                 log.warning(
                     "worker lost with requests",
                     worker=link.worker.name,
+                    address=member.address,
                     requests=len(on_it),
                     reason=reason,
                 )
