@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -13,7 +13,9 @@ from libs.common import logs
 from libs.common.channels import Channels
 from libs.common.discovery import Discovery, Table
 from libs.common.identity import WORKER
+from services.router.core.agreement import Reason
 from services.router.core.estimated_holdings import EstimatedHoldings
+from services.router.core.fit import Make, make_of_model
 from services.router.core.workers import InstanceId, Role, Worker
 from services.router.worker_link import WorkerLink
 from switchgear.discovery.v1 import discovery_pb2
@@ -42,13 +44,15 @@ class Member:
     """
 
     def __init__(
-        self, worker: Worker, address: str, files_checksum: str, channels: Channels
+        self, worker: Worker, address: str, card: discovery_pb2.ModelCard, channels: Channels
     ) -> None:
         self.worker = worker
         self.address = address
-        self.files_checksum = files_checksum
-        self.has_common_files = True
-        """Whether most workers of the model have the same tokenizer and template."""
+        self.make = Make(card.files_checksum, card.kv_block_size_tokens)
+        self.age = (card.created_unix_seconds, card.instance_id)
+        """Lower is older, as frontends count it."""
+        self.lacking: frozenset[Reason] = frozenset()
+        """Why it does not fit its model; empty when it does."""
         self.is_listed = True
         self.was_tried = asyncio.Event()
         """It has answered, or has failed to."""
@@ -161,6 +165,7 @@ class Fleet:
         self._estimate_ttl_seconds = estimate_ttl_seconds
         self._channels = channels or Channels()
         self._gone_listeners: list[Callable[[Worker], None]] = []
+        self._fit_listeners: list[Callable[[Worker], None]] = []
         self._instances = instances
         self._cards = cards
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,14 +199,24 @@ class Fleet:
             for member in self.members.values()
         )
 
+    def lacking(self, name: str) -> frozenset[Reason]:
+        """Why workers of a name do not fit their model; empty when they do."""
+        each = [m.lacking for m in self.members.values() if m.worker.name == name]
+        return frozenset().union(*each)
+
     def has_common_files(self, worker: Worker) -> bool:
-        """Whether the worker's tokenizer and template are those of most that serve its model."""
+        """Whether the worker's tokenizer and template are those of its model."""
         member = self.members.get(worker.instance_id)
-        return member is None or member.has_common_files
+        return member is None or Reason.TOKENIZER_OR_TEMPLATE not in member.lacking
 
     def on_gone(self, listener: Callable[[Worker], None]) -> None:
         """Calls the listener with every worker that is forgotten, from now on."""
         self._gone_listeners.append(listener)
+
+    def on_fit(self, listener: Callable[[Worker], None]) -> None:
+        """Calls the listener with every worker that begins or ceases to fit its model, from now
+        on."""
+        self._fit_listeners.append(listener)
 
     def _reconcile(self) -> None:
         listed = {InstanceId(card.instance_id): card for card in self._cards.values()}
@@ -218,12 +233,41 @@ class Fleet:
         for instance_id, member in self.members.items():
             if instance_id not in listed:
                 member.set_listed(False)
-        files = Counter((m.worker.model, m.files_checksum) for m in self.members.values())
-        models = Counter(member.worker.model for member in self.members.values())
+        self._compare()
+
+    def _compare(self) -> None:
+        """Sees who fits their model. Those that drain are no measure for others."""
+        by_model: defaultdict[str, list[Member]] = defaultdict(list)
         for member in self.members.values():
-            model = member.worker.model
-            alike = files[model, member.files_checksum]
-            member.has_common_files = 2 * alike > models[model]
+            if member.is_listed:
+                by_model[member.worker.model].append(member)
+        for members in by_model.values():
+            # Frontends go by the eldest decode worker.
+            members.sort(key=lambda one: (one.worker.role is not Role.DECODE, one.age))
+            model = make_of_model([member.make for member in members])
+            for member in members:
+                self._set_lacking(member, model)
+
+    def _set_lacking(self, member: Member, model: Make) -> None:
+        before, member.lacking = member.lacking, member.make.lacks(model)
+        if member.lacking == before:
+            return
+        worker = member.worker
+        if member.lacking:
+            log.error(
+                "worker does not fit its model",
+                worker=worker.name,
+                model=worker.model,
+                reasons=sorted(reason.value for reason in member.lacking),
+                files_checksum=member.make.files_checksum,
+                files_checksum_of_model=model.files_checksum,
+                block_size_tokens=member.make.block_size_tokens,
+                block_size_tokens_of_model=model.block_size_tokens,
+            )
+        else:
+            log.info("worker fits its model now", worker=worker.name, model=worker.model)
+        for listener in self._fit_listeners:
+            listener(worker)
 
     def _add(
         self,
@@ -245,9 +289,7 @@ class Fleet:
                 ttl_seconds=self._estimate_ttl_seconds,
             )
             self.estimated.append(worker)
-        member = self.members[instance_id] = Member(
-            worker, instance.address, card.files_checksum, self._channels
-        )
+        member = self.members[instance_id] = Member(worker, instance.address, card, self._channels)
         task = asyncio.create_task(member.run(), name=f"worker {instance.name}")
         self._tasks.add(task)
 

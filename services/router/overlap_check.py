@@ -27,6 +27,9 @@ class OverlapCheck:
         self._degraded = degraded
         self._agreements: dict[InstanceId, Agreement] = {}
         fleet.on_gone(self._forget)
+        fleet.on_fit(self._report)
+        for worker in fleet.workers:
+            self._report(worker)
 
     def computed(self, record: Record, by: Candidate, reported_tokens: int) -> None:
         """A worker has computed the prompt of a decision, and says what it had cached."""
@@ -54,9 +57,18 @@ class OverlapCheck:
                 has_common_files=self._fleet.has_common_files(worker),
             )
         )
-        if (reason := agreement.reason) is not reason_before:
-            self._degraded.report(worker.name, [] if reason is None else [reason.value])
+        if agreement.reason is not reason_before:
+            self._report(worker)
+
+    def _report(self, worker: Worker) -> None:
+        """Says what predictions for the worker lack, or will lack since it does not fit its
+        model."""
+        lacking = {reason.value for reason in self._fleet.lacking(worker.name)}
+        agreement = self._agreements.get(worker.instance_id)
+        if agreement is not None and agreement.reason is not None:
+            lacking.add(agreement.reason.value)
+        self._degraded.report(worker.name, lacking)
 
     def _forget(self, worker: Worker) -> None:
         self._agreements.pop(worker.instance_id, None)
-        self._degraded.report(worker.name, [])
+        self._report(worker)
