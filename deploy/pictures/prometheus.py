@@ -97,8 +97,9 @@ def local_configuration(text: str, services: Iterable[ProcessSpec]) -> dict[str,
         for spec in services
         if (name := spec.name.rpartition("-")[0].replace("_", "-")) in names
     ]
+    rules = [str(CONFIGURATION.parent / name) for name in configuration["rule_files"]]
     # Envoy is not part of the deployment, and etcd's metrics are on no dashboard.
-    return {**configuration, "scrape_configs": [job]}
+    return {**configuration, "rule_files": rules, "scrape_configs": [job]}
 
 
 def scrape_interval_seconds(configuration: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Dashboards ask for what there is."""
+"""Dashboards and alerts ask for what there is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deploy.local.topology import REPOSITORY
 from tests.fixtures.metrics_table import documented_metrics
 
 DASHBOARDS = sorted((REPOSITORY / "deploy" / "grafana" / "dashboards").glob("*.json"))
-CLIENTS_OWN = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
-SCRAPED = {"component", "instance"}
-"""Labels that Prometheus adds, the former by deploy/prometheus."""
+ALERTS = REPOSITORY / "deploy" / "prometheus" / "alerts.yml"
+NOT_OURS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "up"}
+"""Metrics of the Python client, and Prometheus's own."""
+SCRAPED = {"component", "instance", "job"}
+"""Labels that Prometheus adds, the first by deploy/prometheus."""
 
 _STRING = re.compile(r'"[^"]*"')
 _RANGE = re.compile(r"\[[^\]]*\]")
@@ -50,26 +53,63 @@ def test_the_parser_finds_metrics_and_labels() -> None:
     assert labels_of(expression) == {"leg", "source"}
 
 
+def checked(expression: str) -> set[str]:
+    """The labels of a PromQL expression's metrics, which are there and asked for as their types
+    want."""
+    documented = documented_metrics()
+    metrics = metrics_of(expression)
+    assert metrics
+    assert metrics <= documented.keys() | NOT_OURS, expression
+    ours = [documented[name] for name in metrics & documented.keys()]
+    labels = SCRAPED.union(*(metric.labels for metric in ours))
+    assert labels_of(expression) <= labels, expression
+    if "histogram_quantile" in expression:
+        assert [metric.type for metric in ours] == ["histogram"]
+    if any(metric.type == "counter" for metric in ours):
+        assert "rate(" in expression or "increase(" in expression
+    return labels
+
+
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_every_query_is_of_metrics_and_labels_that_exist(path: Path) -> None:
-    documented = documented_metrics()
     for panel in panels(json.loads(path.read_text())):
         assert panel["targets"], panel["title"]
         for target in panel["targets"]:
-            metrics = metrics_of(target["expr"])
-            assert metrics
-            assert metrics <= documented.keys() | CLIENTS_OWN, panel["title"]
-            labels = {
-                label for name in metrics & documented.keys() for label in documented[name].labels
-            }
-            assert labels_of(target["expr"]) <= labels | SCRAPED, panel["title"]
+            labels = checked(target["expr"])
             # A series that the legend can't tell from another.
-            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= labels | SCRAPED
-            if "histogram_quantile" in target["expr"]:
-                [name] = metrics
-                assert documented[name].type == "histogram"
-            if any(documented[name].type == "counter" for name in metrics & documented.keys()):
-                assert "rate(" in target["expr"] or "increase(" in target["expr"]
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= labels
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [
+        rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
+    ]
+
+
+def test_prometheus_loads_the_alerts() -> None:
+    config = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text())
+    assert config["rule_files"] == [ALERTS.name]
+
+
+@pytest.mark.parametrize("rule", alerts(), ids=lambda rule: str(rule["alert"]))
+def test_every_alert_is_of_metrics_and_labels_that_exist_and_has_its_place_in_the_runbook(
+    rule: dict[str, Any],
+) -> None:
+    labels = checked(rule["expr"])
+    told = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+    # What was summed over is no longer told apart.
+    grouped = _GROUPING.findall(rule["expr"])
+    kept = {label.strip() for group in grouped for label in group.split(",")}
+    assert told <= (kept if "sum" in rule["expr"] or "max" in rule["expr"] else labels)
+    page, anchor = rule["annotations"]["runbook"].split("#")
+    headings = re.findall(r"^##+ (.+)$", (REPOSITORY / page).read_text(), flags=re.MULTILINE)
+    assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_runbook_names_metrics_that_exist() -> None:
+    text = (REPOSITORY / "docs" / "runbook.md").read_text()
+    named = {name.removesuffix("_bucket") for name in re.findall(r"switchgear_[a-z_]+", text)}
+    assert named - {"switchgear_"} <= documented_metrics().keys()
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
