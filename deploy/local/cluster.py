@@ -2,7 +2,8 @@
 
 A process `router-0` has in the run folder:
 
-    router-0.log   its stdout and stderr; a restart appends
+    router-0.log   its stdout and stderr; a restart appends, and a start of everything begins anew
+    router-0.log.1 that of the run before
     router-0.pid   its process id, for people and scripts
     router-0.json  all that it takes to find the process and to start it again exactly
 
@@ -98,7 +99,8 @@ class LocalCluster:
             )
 
     def start(self, specs: Sequence[ProcessSpec]) -> None:
-        """Starts all of them at once, in an emptied run folder. Does not wait until they are ready.
+        """Starts all of them at once, in a run folder without data. Does not wait until they are
+        ready. Logs of the run before are kept, those before them are not.
 
         Raises ClusterError when processes of an earlier start still run, or one cannot be started.
         """
@@ -235,9 +237,11 @@ class LocalCluster:
         self._children = [child for child in self._children if child.poll() is None]
 
     def _empty_run_dir(self) -> None:
-        for pattern in ("*.json", "*.pid", "*.log"):
+        for pattern in ("*.json", "*.pid", "*.log.1"):
             for path in self.run_dir.glob(pattern):
                 path.unlink()
+        for path in self.run_dir.glob("*.log"):
+            path.rename(path.with_name(f"{path.name}.1"))
         for path in self.run_dir.glob("*.data"):
             shutil.rmtree(path)
 

@@ -227,6 +227,18 @@ def test_files_left_by_a_crash_do_not_hinder_a_start(cluster: LocalCluster) -> N
     assert [process.name for process in cluster.processes()] == ["b-0"]
 
 
+def test_a_start_keeps_the_logs_of_the_run_before_and_none_older(cluster: LocalCluster) -> None:
+    for said in ("first", "second", "third"):
+        cluster.start([shell("a-0", f"echo {said}")])
+        wait_dead(cluster.process("a-0"))
+    assert cluster.log_path("a-0").read_text() == "third\n"
+    assert (cluster.run_dir / "a-0.log.1").read_text() == "second\n"
+    cluster.start([shell("b-0", "exit")])
+    wait_dead(cluster.process("b-0"))
+    kept = sorted(path.name for path in cluster.run_dir.glob("*.log*"))
+    assert kept == ["a-0.log.1", "b-0.log"]
+
+
 def test_a_process_that_took_over_a_recorded_pid_is_let_live(cluster: LocalCluster) -> None:
     cluster.start([shell("innocent-0", "sleep 60")])
     innocent = cluster.process("innocent-0")
