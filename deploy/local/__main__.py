@@ -65,7 +65,7 @@ def up(
     frontends: Annotated[int, typer.Option(min=1)] = 1,
     routers: Annotated[int, typer.Option(min=1)] = 1,
     indexers: Annotated[int, typer.Option(min=0)] = 1,
-    http_port: int = 8000,
+    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     envoy: Annotated[bool, typer.Option("--envoy", help="Put Envoy in front.")] = False,
     kv_cache_bytes: Annotated[int, typer.Option(min=0, help="For each vLLM worker.")] = 0,
     max_model_len: Annotated[int, typer.Option(min=0, help="In tokens.")] = 0,
@@ -312,6 +312,11 @@ def _model(engine: Engine, model: str) -> tuple[Path, str]:
     except subprocess.SubprocessError as error:
         raise ClusterError(
             f"cannot download the default model ({error}); name a folder with MODEL=..."
+        ) from error
+    except OSError as error:
+        raise ClusterError(
+            f"can't keep the default model in {default_model.models_cache()} ({error}); "
+            "set SWITCHGEAR_CACHE to a folder that can be written to"
         ) from error
 
 

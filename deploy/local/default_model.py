@@ -37,12 +37,13 @@ def model_folder(report: Report) -> Path:
 
 def tokenizer_folder(report: Report) -> Path:
     """A folder that lacks the weights, for engines that need none. Quicker to make."""
-    if _is_complete(_models_cache() / NAME):
-        return _models_cache() / NAME
+    if _is_complete(models_cache() / NAME):
+        return models_cache() / NAME
     return _cached(f"{NAME}-tokenizer", report, with_weights=False)
 
 
-def _models_cache() -> Path:
+def models_cache() -> Path:
+    """Where models are kept, whether the folder is there or not."""
     cache = os.environ.get("SWITCHGEAR_CACHE") or "~/.cache/switchgear"
     return Path(cache).expanduser() / "models"
 
@@ -53,7 +54,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _cached(name: str, report: Report, *, with_weights: bool) -> Path:
-    folder = _models_cache() / name
+    folder = models_cache() / name
     if _is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

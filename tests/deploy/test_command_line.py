@@ -158,6 +158,27 @@ def test_a_taken_http_port_is_refused_before_anything_starts(
     assert cluster.processes() == []
 
 
+@pytest.mark.parametrize("port", ["0", "99999"])
+def test_a_port_that_there_cant_be_is_refused(
+    model: Path, cluster: LocalCluster, port: str
+) -> None:
+    result = CliRunner().invoke(command_line.app, [*up_flags(model, cluster), "--http-port", port])
+    assert result.exit_code == 2
+    assert "--http-port" in result.output
+
+
+def test_a_cache_that_cant_be_made_is_named(
+    tmp_path: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SWITCHGEAR_CACHE", str(tmp_path / "file"))
+    flags = ["up", "--engine", "sim", "--run-dir", str(cluster.run_dir)]
+    result = CliRunner().invoke(command_line.app, [*flags, "--http-port", str(FreePorts().take())])
+    assert isinstance(result.exception, ClusterError)
+    assert f"can't keep the default model in {tmp_path}/file/models" in str(result.exception)
+    assert "set SWITCHGEAR_CACHE" in str(result.exception)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, cluster: LocalCluster) -> None:
     result = CliRunner().invoke(command_line.app, up_flags(tmp_path, cluster))
     assert "is not a Hugging Face folder" in str(result.exception)
