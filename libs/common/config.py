@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from libs.common.credentials import CertificateFiles, ServerAccess, secret_in
+
+_URL_FORMS = {
+    "etcd_url": "http://host:port or https://host:port",
+    "nats_url": "nats://host:port or tls://host:port",
+    "otlp_endpoint": "http://host:port or https://host:port",
+}
+"""What to write where a pattern tells a person little."""
 
 
 class ConfigError(Exception):
@@ -239,21 +247,24 @@ def load(
         loaded.check_files()
     except ValidationError as error:
         raise ConfigError(
-            "; ".join(
-                _describe(prefix, issue["loc"], issue["input"], issue["msg"])
-                for issue in error.errors()
-            )
+            "; ".join(_describe(settings, issue) for issue in error.errors())
         ) from error
     except SettingsError as error:
         raise ConfigError(str(error)) from error
     return loaded
 
 
-def _describe(prefix: str, loc: tuple[int | str, ...], value: object, problem: str) -> str:
-    if not loc:
-        return problem
-    name = str(loc[0])
-    return f"{_named(prefix, name)} is {_shown(name, value)}: {problem}"
+def _describe(settings: type[ServiceSettings], issue: ErrorDetails) -> str:
+    if not issue["loc"]:
+        return issue["msg"]
+    name = str(issue["loc"][0])
+    named = _named(settings.model_config.get("env_prefix", ""), name)
+    if issue["type"] == "missing":
+        return f"{named} must be set"
+    problem = issue["msg"]
+    if issue["type"] == "string_pattern_mismatch" and name in _URL_FORMS:
+        problem = f"it must be given as {_URL_FORMS[name]}"
+    return f"{named} is {_shown(name, issue['input'])}: {problem}"
 
 
 def _shown(name: str, value: object) -> str:

@@ -68,6 +68,31 @@ def test_a_bad_setting_is_named_with_its_value(
     assert all(part in str(caught.value) for part in named)
 
 
+def test_a_setting_that_is_missing_is_not_told_as_a_wrong_value() -> None:
+    class Example(ServiceSettings):
+        model_config = SettingsConfigDict(env_prefix="SWITCHGEAR_EXAMPLE_")
+
+        model: str
+
+    with pytest.raises(ConfigError) as caught:
+        load(Example, ["--name", "x"], {}, "example")
+    assert str(caught.value) == "--model (SWITCHGEAR_EXAMPLE_MODEL) must be set"
+
+
+@pytest.mark.parametrize(
+    ("flag", "form"),
+    [
+        ("--etcd-url", "http://host:port or https://host:port"),
+        ("--nats-url", "nats://host:port or tls://host:port"),
+        ("--otlp-endpoint", "http://host:port or https://host:port"),
+    ],
+)
+def test_a_malformed_url_is_told_in_what_form_it_should_be(flag: str, form: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(NatsSettings, [flag, "localhost"], {}, "example")
+    assert str(caught.value).endswith(f"is 'localhost': it must be given as {form}")
+
+
 @pytest.mark.parametrize(
     ("argv", "environ", "named"),
     [
