@@ -52,11 +52,11 @@ launcher := .venv/bin/python -m deploy.local
 export PYTHON CXX
 export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 
-.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify pictures bench bench-quick bench-index bench-recovery bench-routing soak clean
+.PHONY: help env env-vllm proto lock model check test test-fast up down status logs restart client explain verify build-files test-bazel test-compose pictures bench bench-quick bench-index bench-recovery bench-routing soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings of make up, with their defaults:"
 	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
