@@ -72,8 +72,8 @@ env-vllm: $(vllm_stamp) ## make .venv-vllm: vLLM for the GPU if there is one, el
 
 $(env_stamp):
 	@scripts/env.sh .venv $(dev_lock) $@
-	@# The services' code, for commands outside of make.
-	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/build/proto" > .venv/lib/python3.11/site-packages/switchgear.pth
+	@# The services' code and the Python client's, for commands outside of make.
+	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/build/proto" "$(CURDIR)/clients/python" > .venv/lib/python3.11/site-packages/switchgear.pth
 
 $(index_stamp): $(env_stamp)
 	@$(index_folder)/build.sh .venv $@
@@ -131,7 +131,7 @@ up: $(env_stamp) $(index_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(v
 down: ## stop everything
 	@$(launcher) down
 
-status: ## show every process: pid, address, health
+status: ## show every process: pid, address, ports, health
 	@$(launcher) status
 
 logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)

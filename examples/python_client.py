@@ -1,10 +1,10 @@
-"""Streams an answer over gRPC, with the wheel switchgear-client (scripts/client.sh builds it).
+"""Streams an answer over gRPC, with the package switchgear_client.
 
-    pip install build/dist/switchgear_client-*.whl
     python examples/python_client.py 127.0.0.1:50051 "What is a dynamo?"
 
-The frontend's gRPC port is in its log and in `make status`. SWITCHGEAR_API_KEY is sent if it is
-set.
+`.venv` has the package; elsewhere: make client, pip install build/dist/switchgear_client-*.whl
+The frontend's gRPC port is what `make up` prints, and in `make status`. SWITCHGEAR_API_KEY is sent
+if it is set.
 """
 
 import argparse

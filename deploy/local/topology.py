@@ -243,17 +243,15 @@ class _Services:
         environment: dict[str, str] | None = None,
     ) -> ProcessSpec:
         name = f"{component}-{number}"
-        ports = {"grpc": self._take_port()} | (ports or {})
-        if component != "frontend":  # Its metrics are on its HTTP port.
-            ports["metrics"] = self._take_port()
+        # A frontend's are on its HTTP port only without API keys, and of one of several.
+        ports = {"grpc": self._take_port(), "metrics": self._take_port()} | (ports or {})
         command = [python, "-m", f"services.{component}", "--name", name]
         command += ["--namespace", NAMESPACE]
         command += ["--etcd-url", self._etcd_url]
         if component not in _WITHOUT_NATS:
             command += ["--nats-url", self._nats_url]
         command += ["--host", HOST, "--grpc-port", str(ports["grpc"])]
-        if "metrics" in ports:
-            command += ["--metrics-port", str(ports["metrics"])]
+        command += ["--metrics-port", str(ports["metrics"])]
         command += [*flags, *self._deployment.flags.get(component, ())]
         grpc_address = f"{HOST}:{ports['grpc']}"
         tls = None

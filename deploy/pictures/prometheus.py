@@ -91,7 +91,7 @@ def local_configuration(text: str, services: Iterable[ProcessSpec]) -> dict[str,
     names = set(discovery["names"])
     job["static_configs"] = [
         {
-            "targets": [f"{HOST}:{spec.ports.get('metrics') or spec.ports['http']}"],
+            "targets": [f"{HOST}:{spec.ports['metrics']}"],
             "labels": {"__meta_dns_name": name, "instance": spec.name},
         }
         for spec in services

@@ -53,6 +53,14 @@ def test_workers_that_embed_are_beside_the_others_under_a_name_of_their_own() ->
     assert contained[-2:] == ['"m"', '"m-embed"']
 
 
+def test_every_service_has_grpc_and_metrics_at_ports_that_are_known_beforehand() -> None:
+    made = specs(frontends=2)
+    services = [spec for name, spec in made.items() if name not in ("etcd-0", "nats-0")]
+    for spec in services:
+        for kind in ("grpc", "metrics"):
+            assert flag(spec, f"--{kind}-port") == str(spec.ports[kind])
+
+
 def test_only_the_frontends_share_a_port() -> None:
     made = specs(prefill=2, decode=2, routers=2, indexers=2, frontends=3)
     ports = [port for spec in made.values() for kind, port in spec.ports.items() if kind != "http"]

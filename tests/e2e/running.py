@@ -88,7 +88,8 @@ class Running:
     def metric(self, service: str, name: str, **labels: str) -> float:
         """The sum of a metric's samples of one process; 0 when there are none."""
         ports = self.cluster.process(service).spec.ports
-        port = ports.get("metrics") or ports["http"]  # A frontend has them there.
+        # Launchers of earlier versions left a frontend's to its HTTP port.
+        port = ports.get("metrics") or ports["http"]
         total = 0.0
         text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
         for line in text.splitlines():
