@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import psutil
 import typer
 from google.protobuf import struct_pb2
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -136,18 +136,21 @@ def down(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
 
 @app.command()
 def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
-    """Show every process with its pid, address and health."""
+    """Show every process with its pid, address, ports and health."""
     processes = LocalCluster(run_dir).processes()
     if not processes:
         console.print("nothing is running (make up starts it)")
         return
     table = Table("service", "pid", "up", box=None, header_style="bold")
     table.add_column("address", no_wrap=True, overflow="ignore")
+    table.add_column("gRPC port")
+    table.add_column("metrics port")
     table.add_column("health")
     with ThreadPoolExecutor(len(processes)) as pool:
         for process, health in zip(processes, pool.map(_health, processes), strict=True):
             pid, up_time = (str(process.pid), _age(process)) if process.is_alive() else ("-", "-")
-            table.add_row(process.name, pid, up_time, process.spec.address, health)
+            ports = (str(process.spec.ports.get(kind, "-")) for kind in ("grpc", "metrics"))
+            table.add_row(process.name, pid, up_time, process.spec.address, *ports, health)
     console.print(table)
 
 
@@ -197,9 +200,16 @@ def explain(
             f"no router remembers {request_id!r}" if request_id else "nothing was decided yet"
         )
     for router, explanation in found.decisions:
-        console.print(explaining.shown(router, explanation), soft_wrap=True)
+        _print_trimmed(explaining.shown(router, explanation))
     for router, degradation in found.degradations:
         console.print(f"[yellow]{router} is degraded:[/] {degradation.source} {degradation.reason}")
+
+
+def _print_trimmed(part: RenderableType) -> None:
+    """Without the spaces that fill tables up, which are in the way of who reads a pipe."""
+    with console.capture() as captured:
+        console.print(part, soft_wrap=True)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), file=console.file)
 
 
 @config_app.command("list")
@@ -274,7 +284,11 @@ def _change_config(
     revision = live_config.write(etcd_url, full_key, value, access)
     problems = live_config.wait_followed(_routers(run_dir), full_key, revision)
     if problems:
-        raise ClusterError("; ".join(problems))
+        undo = f"python -m deploy.local config unset {component} {key}" + (
+            f" --model {model}" if model else ""
+        )
+        kept = "" if value is None else f". It is in etcd nonetheless; to remove it: {undo}"
+        raise ClusterError("; ".join(problems) + kept)
     console.print(f"in force on all routers, revision {revision}" if revision else "was not set")
 
 
@@ -389,6 +403,10 @@ def _show_usage(deployment: Deployment, cluster: LocalCluster) -> None:
             markup=False,
             soft_wrap=True,
         )
+    for process in cluster.processes():
+        if process.name.startswith("frontend-"):
+            port = process.spec.ports["grpc"]
+            console.print(f"{process.name} serves gRPC at {topology.HOST}:{port}", soft_wrap=True)
     console.print(f"logs: {cluster.run_dir}/*.log   make status | logs | restart | down")
 
 

@@ -13,11 +13,12 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from deploy.local import __main__ as command_line
-from deploy.local import topology
+from deploy.local import explaining, live_config, topology
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.ports import FreePorts
 from deploy.local.probe import Probe
 from deploy.local.process import ProcessSpec
+from switchgear.router.v1 import router_pb2
 
 TIMEOUT_SECONDS = 20.0
 
@@ -195,6 +196,45 @@ def test_status_shows_the_living_and_the_dead(model: Path, cluster: LocalCluster
         ("a-0", "ready"),
         ("b-0", "dead"),
     ]
+
+
+def test_the_ports_of_grpc_and_metrics_are_shown(model: Path, cluster: LocalCluster) -> None:
+    frontend = sleeper("frontend-0").model_copy(update={"ports": {"grpc": 4711, "metrics": 4712}})
+    with launcher([sleeper("a-0"), frontend], [*up_flags(model, cluster), "--detach"]) as process:
+        assert "127.0.0.1:4711" in read_until(process, "frontend-0 serves gRPC at")
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    flags = ["status", "--run-dir", str(cluster.run_dir)]
+    lines = CliRunner().invoke(command_line.app, flags).output.splitlines()
+    shown = {line.split()[0]: line.split()[-3:-1] for line in lines[1:]}
+    assert shown == {"a-0": ["-", "-"], "frontend-0": ["4711", "4712"]}
+
+
+def test_an_explanation_in_a_pipe_has_no_spaces_at_the_ends_of_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    explanation = router_pb2.Explanation(request_id="chatcmpl-1", prompt_tokens=5)
+    for name in ("worker-0", "worker-with-a-long-name-0"):
+        candidate = explanation.decode.candidates.add(cost=1)
+        candidate.worker.name = name
+    found = explaining.Decisions(decisions=[("router-0", explanation)])
+    monkeypatch.setattr(command_line, "_routers", lambda _: {})
+    monkeypatch.setattr(explaining, "last_decisions", lambda *_: found)
+    lines = CliRunner().invoke(command_line.app, ["explain"]).output.splitlines()
+    assert any("worker-with-a-long-name-0" in line for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_setting_that_routers_reject_is_told_with_how_to_remove_it(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.start([sleeper("etcd-0").model_copy(update={"address": "http://127.0.0.1:1"})])
+    monkeypatch.setattr(command_line, "_routers", lambda _: {})
+    monkeypatch.setattr(live_config, "write", lambda *_: 7)
+    monkeypatch.setattr(live_config, "wait_followed", lambda *_: ["router-0 rejects 1: unknown"])
+    flags = ["config", "set", "router", "temprature", "1", "--run-dir", str(cluster.run_dir)]
+    told = str(CliRunner().invoke(command_line.app, [*flags, "--model", "m"]).exception)
+    assert told.startswith("router-0 rejects 1: unknown.")
+    assert told.endswith("python -m deploy.local config unset router temprature --model m")
 
 
 def test_certificates_are_made_for_the_hosts_that_are_named(tmp_path: Path) -> None:
