@@ -15,6 +15,8 @@ from services.frontend.openai.errors import ApiError, api_error_of, internal_err
 from services.frontend.openai.exchange import exchange_of
 from services.frontend.watch import ClientLeft
 
+_WHERE_TO_LOOK = "all URLs are at /docs, models at /v1/models"
+
 
 def answer_errors(app: FastAPI) -> None:
     """Has the application answer whatever its routes raise, and what it has no route for."""
@@ -32,7 +34,7 @@ def answer_errors(app: FastAPI) -> None:
         message, code = (
             (f"Method not allowed: {where}", "method_not_allowed")
             if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
-            else (f"Unknown request URL: {where}", "unknown_url")
+            else (f"Unknown request URL: {where} ({_WHERE_TO_LOOK})", "unknown_url")
         )
         headers = dict(error.headers or {})
         refusal = ApiError(error.status_code, message, code=code, headers=headers)

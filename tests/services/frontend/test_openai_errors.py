@@ -291,6 +291,14 @@ async def test_wrong_urls_and_methods_have_a_body_too(
     assert ("allow" in response.headers) == (status == 405)
 
 
+async def test_who_asks_for_an_unknown_url_is_told_where_to_look(running: Frontend) -> None:
+    error = error_of(await running.client.get("/"))
+    assert error["message"].startswith("Unknown request URL: GET / ")
+    for path in ("/docs", "/v1/models"):
+        assert path in error["message"]
+        assert (await running.client.get(path)).status_code == 200
+
+
 async def test_an_unknown_model_is_not_found(running: Frontend) -> None:
     for stream in (False, True):
         response = await running.chat(model="gpt-7", stream=stream)
