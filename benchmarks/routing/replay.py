@@ -17,6 +17,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 
 from benchmarks.routing.trace import Arrival
@@ -420,8 +421,7 @@ class Replay:
             for router, one, its_taken in zip(self._routers, seen, taken, strict=True):
                 one.tell(load, its_taken)
                 if router.held and engine.role is Role.DECODE:
-                    room = {engine.instance: one.worker.free_kv_tokens}
-                    for key in router.held.fitting(room):
+                    for key in router.held.to_try(partial(_room, one.worker)):
                         self._route(key, now)
 
         if self._terms.load_lag_seconds:
@@ -437,6 +437,10 @@ class Replay:
                 self._index.store(instance, [_sequence_hash(h) for h in event.engine_hashes])
             elif isinstance(event, EngineBlocksRemoved):
                 self._index.discard(instance, [_sequence_hash(h) for h in event.engine_hashes])
+
+
+def _room(worker: Worker) -> dict[InstanceId, int]:
+    return {worker.instance_id: worker.free_kv_tokens}
 
 
 def _sequence_hash(engine_hash: bytes) -> int:
