@@ -202,6 +202,8 @@ class _Services:
             environment["CUDA_VISIBLE_DEVICES"] = str(place % self._deployment.gpus)
         else:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self._workers))
+            # One process fewer for each engine, and its memory.
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return environment
 
     def _frontend(self, number: int) -> ProcessSpec:

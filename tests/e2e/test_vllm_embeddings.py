@@ -88,7 +88,7 @@ def plain_vllm(model: Path, lengths: list[int | None]) -> list[list[list[float]]
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
