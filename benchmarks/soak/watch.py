@@ -65,8 +65,7 @@ def _figures(process: psutil.Process, metrics: dict[str, float]) -> Figures:
 
 async def _metrics(process: RunningProcess) -> dict[str, float]:
     """The sum of each metric's samples; nothing for servers that are not ours."""
-    ports = process.spec.ports
-    port = ports.get("metrics") or ports.get("http")
+    port = process.spec.ports.get("metrics")
     if port is None:
         return {}
     connection = HttpConnection(HOST, port)

@@ -163,15 +163,15 @@ class Discovery:
                 if self._failed is not None:
                     await self._failed.look("etcd", self._address, self._host)
                 raise refusal from error
-            self._say(error)
+            self._report(error)
 
-    def _report(self, who: str, error: Exception) -> None:
+    def _report(self, error: Exception, who: str | None = None) -> None:
+        """Of someone who tries again it is said once in a while; else at once."""
         if self._failed is not None:
             self._failed.look_into("etcd", self._address, self._host)
-        if self._outage.failed(who, asyncio.get_running_loop().time()):
-            self._say(error)
-
-    def _say(self, error: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        if who is not None and not self._outage.failed(who, now):
+            return
         waiting = self._outage.waiting
         if (refusal := as_refusal(self._url, error)) is not None:
             log.error("etcd refuses", waiting=waiting, error=str(refusal))
@@ -232,7 +232,7 @@ class Discovery:
                             await lease.revoke()
                         raise
             except _FAILURES as error:
-                self._report(_REGISTRATION, error)
+                self._report(error, _REGISTRATION)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _keep_alive(self, lease: aetcd.Lease) -> None:
@@ -296,7 +296,7 @@ class Discovery:
                 async with self._client() as client:
                     await self._follow(client, prefix, message, table)
             except _FAILURES as error:
-                self._report(prefix, error)
+                self._report(error, prefix)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(

@@ -22,20 +22,19 @@ async def recovered(
     log_ids: Mapping[str, str],
 ) -> bool:
     """Whether to try again, once the pause before that is over; False gives up."""
-    failed, is_waiting = attempts.failed, attempts.waited_seconds > 0
     pause_seconds = attempts.pause_after(error, failed_instance_id)
     if pause_seconds is None:
         return False
     facts = {**log_ids, "reason": error.reason, "error": error.message}
-    if attempts.failed > failed:
+    if not pause_seconds:
         migrations.inc()
         if failed_instance_id:
             facts["failed_instance_id"] = f"{failed_instance_id:016x}"
         log.info("request migrates", **facts, produced_tokens=len(attempts.produced))
-    elif not is_waiting:
+        return True
+    if attempts.waited_seconds == pause_seconds:  # Before, it has not waited.
         log.info(
             "request waits for a worker", **facts, most_seconds=attempts.policy.patience_seconds
         )
-    if pause_seconds:
-        await asyncio.sleep(pause_seconds)
+    await asyncio.sleep(pause_seconds)
     return True

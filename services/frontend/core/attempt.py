@@ -62,7 +62,8 @@ class Attempts:
         self.produced.extend(token_ids)
 
     def pause_after(self, error: SwitchgearError, failed_instance_id: int) -> float | None:
-        """Counts a failure in. Seconds to wait before the next attempt; None gives up.
+        """Counts a failure in. Seconds to wait before the next attempt, 0 after one that was lost;
+        None gives up.
 
         A first attempt that finds no live instance, or full queues, fails at once: nothing was
         spent on it and the caller knows best when to come back.

@@ -26,9 +26,6 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:/-]{1,128}")
 _CLIENT_LEFT = 499
 """nginx's status for a client that did not wait. Only ever seen in metrics."""
 
-_OUR_FAULT = HTTPStatus.INTERNAL_SERVER_ERROR
-"""What is below is the client's."""
-
 _ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -113,15 +110,16 @@ class ExchangeRecorder:
         try:
             await self._app(scope, receive, send_named)
         finally:
-            if exchange.failure is not None and exchange.failure.http >= _OUR_FAULT:
+            failure = exchange.failure
+            if failure is not None and failure.http >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 log.warning(
                     "request failed",
                     request_id=exchange.request_id,
                     answer_id=exchange.answer_id,
                     model=exchange.model,
                     status=exchange.status,
-                    reason=exchange.failure.reason,
-                    error=exchange.failure.message,
+                    reason=failure.reason,
+                    error=failure.message,
                 )
             self._pipeline.metrics.requests_of(
                 exchange.model, _endpoint(scope["path"]), str(exchange.status)

@@ -271,28 +271,30 @@ async def test_of_many_held_requests_as_many_are_decided_on_as_there_is_room_for
         await session.submit(handle, [handle] * 640, 1)
     await until(lambda: _held() == 39)
     decided: list[str] = []
-    decide = Decider.decide
-
-    def counted(self: Decider, routing: router_pb2.RoutingRequest, *args: Any, **kw: Any) -> Any:
-        decided.append(routing.request_id)
-        return decide(self, routing, *args, **kw)
-
-    monkeypatch.setattr(Decider, "decide", counted)
+    _before_decisions(monkeypatch, decided.append)
     await session.read_until(lambda: len(session.finished) == 40)
     # Each has the worker to itself, so none is looked at before it is its turn.
     assert decided == [f"r{handle}" for handle in range(2, 41)]
     session.call.cancel()
 
 
-def _break_decisions_on(monkeypatch: pytest.MonkeyPatch, request_id: str) -> None:
+def _before_decisions(monkeypatch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Calls with the id of each request before it is decided on, from now on."""
     decide = Decider.decide
 
-    def broken(self: Decider, routing: router_pb2.RoutingRequest, *args: Any, **kw: Any) -> Any:
-        if routing.request_id == request_id:
-            raise RuntimeError("as told")
+    def called(self: Decider, routing: router_pb2.RoutingRequest, *args: Any, **kw: Any) -> Any:
+        call(routing.request_id)
         return decide(self, routing, *args, **kw)
 
-    monkeypatch.setattr(Decider, "decide", broken)
+    monkeypatch.setattr(Decider, "decide", called)
+
+
+def _break_decisions_on(monkeypatch: pytest.MonkeyPatch, request_id: str) -> None:
+    def broken(decided_id: str) -> None:
+        if decided_id == request_id:
+            raise RuntimeError("as told")
+
+    _before_decisions(monkeypatch, broken)
 
 
 async def test_a_request_that_breaks_routing_fails_alone_of_those_that_came_with_it(
