@@ -10,7 +10,7 @@ import sys
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -49,40 +49,29 @@ class SegmentEncoder:
         """The tokens of a text."""
         if not self._borders:
             return self._words.encode(text).tolist()
-        # Segments at even places, borders at odd ones.
-        parts = self._at_border.split(text)
-        found = self._find(parts[::2])
         token_ids: list[int] = []
-        for index, part in enumerate(parts):
-            if index % 2:
+        for index, part in enumerate(self._at_border.split(text)):
+            if index % 2:  # Borders are at odd places, segments between them.
                 token_ids.append(self._borders[part])
             elif part:
-                token_ids.extend(found[part])
+                token_ids.extend(self._tokens_of(part))
         return token_ids
 
-    def _find(self, segments: list[str]) -> dict[str, array[int]]:
-        found = dict(self._recalled(segments))
-        if unknown := [segment for segment in dict.fromkeys(segments) if segment not in found]:
-            encoded = list(map(self._words.encode, unknown))
-            found.update(zip(unknown, encoded, strict=True))
-            self._remember(unknown, encoded)
-        return found
-
-    def _recalled(self, segments: list[str]) -> Iterator[tuple[str, array[int]]]:
+    def _tokens_of(self, segment: str) -> array[int]:
         with self._lock:
-            for segment in segments:
-                token_ids = self._known.get(segment)
-                if token_ids is not None:
-                    self._known.move_to_end(segment)
-                    yield segment, token_ids
+            if (found := self._known.get(segment)) is not None:
+                self._known.move_to_end(segment)
+                return found
+        token_ids = self._words.encode(segment)
+        self._remember(segment, token_ids)
+        return token_ids
 
-    def _remember(self, segments: list[str], encoded: list[array[int]]) -> None:
+    def _remember(self, segment: str, token_ids: array[int]) -> None:
+        size_bytes = _bytes_of(segment, token_ids)
         with self._lock:
-            for segment, token_ids in zip(segments, encoded, strict=True):
-                size_bytes = _bytes_of(segment, token_ids)
-                if size_bytes <= self._max_bytes and segment not in self._known:
-                    self._known[segment] = token_ids
-                    self.remembered_bytes += size_bytes
+            if size_bytes <= self._max_bytes and segment not in self._known:
+                self._known[segment] = token_ids
+                self.remembered_bytes += size_bytes
             while self.remembered_bytes > self._max_bytes:
                 self.remembered_bytes -= _bytes_of(*self._known.popitem(last=False))
 

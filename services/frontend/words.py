@@ -19,6 +19,10 @@ from tokenizers import Tokenizer
 DEFAULT_WORDS = 131_072
 """Remembered of one tokenizer, in some 20 MB; then it starts anew."""
 
+SHORT_TEXT_CHARACTERS = 80
+"""Shorter texts are encoded as they are: to look their words up, of which one is often new, takes
+as long."""
+
 MAX_WORD_CHARACTERS = 64
 """Longer ones are not remembered."""
 
@@ -86,7 +90,7 @@ class WordEncoder:
 
     def encode(self, text: str) -> array[int]:
         """The tokens of a text."""
-        if not self._has_words:
+        if not self._has_words or len(text) < SHORT_TEXT_CHARACTERS:
             return self._encoded([text])[0]
         known = self._known
         first, *rest = _CUT.split(text, maxsplit=1)

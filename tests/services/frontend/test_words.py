@@ -110,13 +110,21 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     conversation=st.lists(texts, min_size=1, max_size=6),
     max_words=st.integers(0, 40),
     piece_characters=st.sampled_from([0, 3, words.PIECE_CHARACTERS]),
+    short_text_characters=st.sampled_from([0, 10, words.SHORT_TEXT_CHARACTERS]),
 )
 def test_words_give_the_tokens_of_the_whole(
-    name: str, conversation: list[str], max_words: int, piece_characters: int
+    name: str,
+    conversation: list[str],
+    max_words: int,
+    piece_characters: int,
+    short_text_characters: int,
 ) -> None:
     encoder = WordEncoder(TOKENIZERS[name], SETTINGS[name], max_words=max_words)
     assert cuts_at_spaces(SETTINGS[name])
-    with patch.object(words, "PIECE_CHARACTERS", piece_characters):
+    with (
+        patch.object(words, "PIECE_CHARACTERS", piece_characters),
+        patch.object(words, "SHORT_TEXT_CHARACTERS", short_text_characters),
+    ):
         for text in conversation:
             assert encoder.encode(text).tolist() == encoded(TOKENIZERS[name], text)
             assert encoder.known_words <= max_words
@@ -148,11 +156,20 @@ class CountingTokenizer:
 def test_a_word_is_encoded_once() -> None:
     tokenizer = CountingTokenizer(TOKENIZERS["bytes"])
     encoder = WordEncoder(tokenizer, SETTINGS["bytes"])  # type: ignore[arg-type]
+    with patch.object(words, "SHORT_TEXT_CHARACTERS", 0):
+        encoder.encode("the end. the  end. of it")
+        assert tokenizer.encoded == ["the", " end.", " the", "  end.", " of", " it"]
+        tokenizer.encoded.clear()
+        encoder.encode("of the end. of the new end.")
+        assert tokenizer.encoded == ["of", " new"]
+
+
+def test_a_short_text_is_encoded_as_it_is() -> None:
+    tokenizer = CountingTokenizer(TOKENIZERS["bytes"])
+    encoder = WordEncoder(tokenizer, SETTINGS["bytes"])  # type: ignore[arg-type]
     encoder.encode("the end. the  end. of it")
-    assert tokenizer.encoded == ["the", " end.", " the", "  end.", " of", " it"]
-    tokenizer.encoded.clear()
-    encoder.encode("of the end. of the new end.")
-    assert tokenizer.encoded == ["of", " new"]
+    assert tokenizer.encoded == ["the end. the  end. of it"]
+    assert not encoder.known_words
 
 
 def test_of_a_text_of_strange_words_some_are_remembered() -> None:
@@ -167,7 +184,7 @@ def test_of_a_text_of_strange_words_some_are_remembered() -> None:
 def test_long_words_are_not_remembered() -> None:
     encoder = WordEncoder(TOKENIZERS["bytes"], SETTINGS["bytes"])
     for length in (words.MAX_WORD_CHARACTERS, words.MAX_WORD_CHARACTERS + 1):
-        text = f"the {'x' * length} the"
+        text = f"the {'x' * length} {'the ' * words.SHORT_TEXT_CHARACTERS}"
         assert encoder.encode(text).tolist() == encoded(TOKENIZERS["bytes"], text)
     assert encoder.known_words == 2
 
