@@ -34,6 +34,46 @@ class _HeadTooLarge(Exception):
     """The request line and headers are larger than allowed."""
 
 
+class HeadHoldingTransport:
+    """A connection's transport that writes an answer's head together with what follows it.
+
+    In a write of its own a head costs another system call, and wakes the client up for nothing.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._holds_next = False
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def begin_answer(self) -> None:
+        """What is written next is a head."""
+        self._holds_next = True
+
+    def write(self, data: bytes) -> None:
+        if self._holds_next:
+            self._holds_next = False
+            self._held = data
+            self._loop.call_soon(self._release)  # Nothing may follow for long.
+            return
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._release()
+        self._transport.close()
+
+    def _release(self) -> None:
+        if self._held:
+            self._transport.write(self._held)
+            self._held = b""
+
+
 class HttpProtocol(HttpToolsProtocol):
     """Reads a connection's requests. `head` is the request line with the headers."""
 
@@ -57,6 +97,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        self._head_and_body = HeadHoldingTransport(transport, self.loop)  # type: ignore[arg-type]
+        self.transport = self._head_and_body  # type: ignore[assignment]
         # Whoever connects and says nothing is like one that is kept alive and says nothing.
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -99,6 +141,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refusal = self._large_head()
                 raise _HeadTooLarge  # The parser reports it as malformed.
         self._framing_bytes = 0
+        self._head_and_body.begin_answer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
