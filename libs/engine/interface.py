@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType, Protocol
 
+import msgspec
+
 from libs.common.errors import SwitchgearError
 from libs.common.kv_events import Tier
 
@@ -61,8 +63,7 @@ class OutputConstraint:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is drawn. None means the engine's default."""
 
     temperature: float | None = None
@@ -73,7 +74,7 @@ class Sampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = msgspec.field(default_factory=dict)
     """By token id."""
     constraint: OutputConstraint | None = None
 
@@ -117,8 +118,7 @@ class KvSession:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRequest:
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, checked against the engine's limits by the worker before it gets here."""
 
     key: RequestKey
@@ -132,7 +132,7 @@ class EngineRequest:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = msgspec.field(default_factory=Sampling)
     cache_salt: str = ""
     logprobs: LogprobOptions | None = None
     priority: int = 0

@@ -6,7 +6,8 @@ import asyncio
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+import msgspec
 
 from libs.common import tracing
 from libs.common.errors import InternalError, SwitchgearError
@@ -27,8 +28,7 @@ LONG_PROMPT_TOKENS = 16_384
 """Hashing and serialising more than this takes milliseconds, which belong in a thread."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextRequest:
+class TextRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What to generate, checked against the model."""
 
     request_id: str
@@ -45,7 +45,9 @@ class TextRequest:
     keeps_special_tokens: bool = False
     marks: Sequence[str] = ()
     """Special tokens that have a text."""
-    sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
+    sampling: generation_pb2.SamplingOptions = msgspec.field(
+        default_factory=generation_pb2.SamplingOptions
+    )
     logprobs: generation_pb2.LogprobOptions | None = None
     cache_salt: str = ""
     """Cached blocks are shared with requests of the same salt only."""

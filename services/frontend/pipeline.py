@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, TypeVar, assert_never
+
+import msgspec
 
 from libs.common import tracing
 from libs.common.errors import (
@@ -64,8 +66,7 @@ class EmbeddingOptions:
     priority: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to generate, in the caller's terms. The API has checked each value by itself."""
 
     max_tokens: int | None = None
@@ -82,7 +83,9 @@ class GenerationOptions:
     keeps_special_tokens: bool = False
     marks: Sequence[str] = ()
     """Special tokens that have a text, for what reads the answer."""
-    sampling: generation_pb2.SamplingOptions = field(default_factory=generation_pb2.SamplingOptions)
+    sampling: generation_pb2.SamplingOptions = msgspec.field(
+        default_factory=generation_pb2.SamplingOptions
+    )
     logprobs: generation_pb2.LogprobOptions | None = None
     cache_salt: str = ""
     priority: int = 0
@@ -408,7 +411,7 @@ def new_request_id(prefix: str) -> str:
     It can't be guessed from others: who knows a response's reads the conversation, where responses
     are kept and no API keys are asked for.
     """
-    return f"{prefix}-{secrets.token_hex(16)}"
+    return f"{prefix}-{os.urandom(16).hex()}"
 
 
 async def _near_or_far(

@@ -104,6 +104,8 @@ class ConstrainedBody(Strict):
 
     def constraints(self) -> dict[str, OutputConstraint]:
         """All that were given, by the name of the field."""
+        if self.model_fields_set.isdisjoint(ConstrainedBody.model_fields):
+            return {}
         found = {
             "response_format": self.response_format and self.response_format.constraint(),
             "structured_outputs": self.structured_outputs and self.structured_outputs.constraint(),

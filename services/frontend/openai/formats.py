@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+import msgspec
 import orjson
 
 from services.frontend.completion import Completion
@@ -28,8 +29,7 @@ _SPLIT = "\x00"
 """Stands where the text goes while the chunk around it is made."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What all chunks and choices of an answer have in common."""
 
     answer_id: str
@@ -86,8 +86,6 @@ class Format(ABC):
         self._index = index
         self._head = answer.head(self.chunk_object)
         self._is_plain = not answer.includes_usage_so_far
-        before, after = self._chunk(self._part(_SPLIT), None).split(orjson.dumps(_SPLIT))
-        self._before_text, self._after_text = before, after
 
     @abstractmethod
     def _part(self, text: str) -> dict[str, Any]:
@@ -112,8 +110,14 @@ class Format(ABC):
     def text_chunk(self, text: str, logprobs: Sequence[TokenLogprobs] | None = None) -> bytes:
         """One server-sent event with new text."""
         if logprobs is None and self._is_plain:
-            return b"%b%b%b" % (self._before_text, orjson.dumps(text), self._after_text)
+            before, after = self._around_text
+            return b"%b%b%b" % (before, orjson.dumps(text), after)
         return self._chunk(self._part(text), None, logprobs)
+
+    @cached_property
+    def _around_text(self) -> tuple[bytes, bytes]:
+        before, after = self._chunk(self._part(_SPLIT), None).split(orjson.dumps(_SPLIT))
+        return before, after
 
     def last_chunk(self, completion: Completion) -> bytes:
         """The event after the last text."""

@@ -10,10 +10,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -123,7 +123,7 @@ class GenerationResponse(Response):
                     index = len(choices)
                     options = body.options(number)
                     if parsing is not None and parsing.marks:
-                        options = replace(options, marks=parsing.marks)
+                        options = msgspec.structs.replace(options, marks=parsing.marks)
                     completion = pipeline.start(
                         f"{self._answer_id}-{index}" if index else self._answer_id,
                         model,

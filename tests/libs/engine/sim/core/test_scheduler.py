@@ -1,6 +1,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,7 +160,7 @@ def test_a_refused_request_that_is_cancelled_is_never_heard_of() -> None:
 def test_a_stop_token_ends_the_sequence_and_is_its_last_token() -> None:
     asked = request(1, range(10), max_tokens=20)
     stop = expected_tokens(asked, 20)[4]
-    outcome = run(replace(asked, stop_token_ids=(stop,), ignore_eos=True))
+    outcome = run(msgspec.structs.replace(asked, stop_token_ids=(stop,), ignore_eos=True))
     assert outcome.tokens[1] == expected_tokens(asked, 20)[:5]
     assert outcome.finishes[1].reason is FinishReason.STOP
 
@@ -167,7 +168,7 @@ def test_a_stop_token_ends_the_sequence_and_is_its_last_token() -> None:
 def test_a_stop_token_is_not_drawn_before_min_tokens() -> None:
     asked = request(1, range(10), max_tokens=20)
     stop = expected_tokens(asked, 20)[4]
-    outcome = run(replace(asked, stop_token_ids=(stop,), min_tokens=5))
+    outcome = run(msgspec.structs.replace(asked, stop_token_ids=(stop,), min_tokens=5))
     assert outcome.tokens[1][:4] == expected_tokens(asked, 4)
     assert stop not in outcome.tokens[1][:5]
 
@@ -178,7 +179,7 @@ def test_the_end_of_sequence_token_ends_it_unless_ignored() -> None:
     ended = run(asked, source=source)
     assert ended.finishes[1].reason is FinishReason.STOP
     assert ended.tokens[1].index(100) == len(ended.tokens[1]) - 1
-    ignored = run(replace(asked, ignore_eos=True), source=source)
+    ignored = run(msgspec.structs.replace(asked, ignore_eos=True), source=source)
     assert ignored.finishes[1].reason is FinishReason.LENGTH
     assert ignored.tokens[1][: len(ended.tokens[1])] == ended.tokens[1]
 
