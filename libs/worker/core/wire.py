@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -220,30 +221,18 @@ def _logprobs(generation: generation_pb2.Generation) -> LogprobOptions:
 
 
 def _sampling(options: generation_pb2.SamplingOptions) -> Sampling:
-    for name, (low, high) in _RANGES.items():
-        value = getattr(options, name)
-        if options.HasField(name) and not low <= value <= high:  # type: ignore[arg-type]
+    given: dict[str, Any] = {field.name: value for field, value in options.ListFields()}
+    for name in given.keys() & _RANGES.keys():
+        (low, high), value = _RANGES[name], given[name]
+        if not low <= value <= high:
             raise InvalidRequest(
                 f"{name} must be from {low:g} to {high:g}, got {value}", param=name
             )
-    return Sampling(
-        temperature=options.temperature if options.HasField("temperature") else None,
-        top_p=options.top_p if options.HasField("top_p") else None,
-        top_k=options.top_k if options.HasField("top_k") else None,
-        min_p=options.min_p if options.HasField("min_p") else None,
-        seed=options.seed if options.HasField("seed") else None,
-        presence_penalty=(
-            options.presence_penalty if options.HasField("presence_penalty") else None
-        ),
-        frequency_penalty=(
-            options.frequency_penalty if options.HasField("frequency_penalty") else None
-        ),
-        repetition_penalty=(
-            options.repetition_penalty if options.HasField("repetition_penalty") else None
-        ),
-        logit_bias=_logit_bias(options) if options.logit_bias else {},
-        constraint=_constraint(options.constraint) if options.HasField("constraint") else None,
-    )
+    if "logit_bias" in given:
+        given["logit_bias"] = _logit_bias(options)
+    if "constraint" in given:
+        given["constraint"] = _constraint(options.constraint)
+    return Sampling(**given)
 
 
 def _logit_bias(options: generation_pb2.SamplingOptions) -> dict[int, float]:
