@@ -16,7 +16,7 @@ import httpx
 
 from libs.common.discovery import Discovery
 from switchgear.discovery.v1 import discovery_pb2
-from tests.fixtures.eventually import until
+from tests.fixtures.eventually import WAIT_SECONDS, eventually, until
 from tests.fixtures.servers import ServerProcess, free_port
 from tests.services.frontend import byte_model
 from tests.services.frontend.byte_model import NAME
@@ -37,7 +37,7 @@ async def process(
         "etcd-url": etcd.url,
         "http-port": str(port),
         "cache-folder": str(folder),
-        "drain-seconds": "10",
+        "drain-seconds": str(WAIT_SECONDS),
         **{setting.replace("_", "-"): value for setting, value in settings.items()},
     }
     arguments = [f"--{option}={value}" for option, value in options.items()]
@@ -81,9 +81,12 @@ async def test_processes_share_a_port_serve_and_drain(
         names = {instance.name for instance in frontends.values()}
         assert names == {"frontend-0", "frontend-1"}
         await until(lambda: len(router.sessions) == 2)
+
+        async def is_ready() -> bool:
+            return (await client.get("/health")).status_code == 200
+
         # Both have a router and a model soon after; what comes before is not of this test.
-        while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+        await eventually(is_ready)
 
         body = {"model": NAME, "prompt": "Hi", "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:

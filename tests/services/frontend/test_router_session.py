@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -30,7 +29,7 @@ async def sessions_with(
     async with sessions.following(table):
         listing(table, *routers)
         await until(lambda: all(router.sessions for router in routers))
-        await sessions.wait_connected(5)
+        await until(lambda: sessions.is_connected)
         yield sessions, table
 
 
@@ -154,7 +153,7 @@ async def test_a_broken_session_fails_its_requests_and_is_made_again() -> None:
         assert await inbox.take() == [1, 2]
         assert isinstance(inbox.error, WorkerLost)
         await until(lambda: len(router.sessions) == 2)
-        await sessions.wait_connected(5)
+        await until(lambda: sessions.is_connected)
         submit(sessions, "next")
         await until(lambda: router.calls[-1].generation.request_id == "next")
 
@@ -169,7 +168,7 @@ async def test_a_router_that_left_discovery_keeps_what_it_has_and_gets_no_more()
         await until(lambda: old.calls)
         listing(table, new)
         await until(lambda: new.sessions)
-        await sessions.wait_connected(5)
+        await until(lambda: sessions.is_connected)
         submit(sessions)
         await until(lambda: new.calls)
         old.calls[0].send([7], LENGTH)
@@ -194,7 +193,7 @@ async def test_a_router_that_comes_back_is_used_again() -> None:
         with pytest.raises(NoLiveInstance):
             submit(sessions)
         listing(table, router)
-        await sessions.wait_connected(5)
+        await until(lambda: sessions.is_connected)
         inbox = submit(sessions)
-        async with asyncio.timeout(5):
-            assert await inbox.take() == [1]
+        await until(lambda: inbox.is_over)
+        assert await inbox.take() == [1]

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,8 +360,7 @@ async def test_a_conversation_outlives_the_process_that_it_began_with(
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports[1]}", timeout=30) as other,
     ):
         for client in (one, other):
-            while not await is_ready(client):  # noqa: ASYNC110 - another process's start
-                await asyncio.sleep(0.05)
+            await eventually(partial(is_ready, client))
         made = await ask(one, input="One", store=True)
         assert made.status_code == 200, made.text
         first.kill()

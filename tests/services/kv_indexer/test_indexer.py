@@ -38,7 +38,7 @@ from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
-from tests.fixtures.eventually import until
+from tests.fixtures.eventually import WAIT_SECONDS, eventually, until
 from tests.fixtures.servers import ServerProcess
 
 MODEL, BLOCK_SIZE_TOKENS, NAMESPACE = "m", 2, "test"
@@ -600,14 +600,9 @@ async def test_the_service_follows_workers_from_registration_to_lost_lease(
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
             stub = kv_indexer_pb2_grpc.KvIndexerServiceStub(channel)
 
-            async def blocks_by_worker() -> dict[int, int]:
+            async def is_indexed(blocks_by_worker: dict[int, int]) -> bool:
                 status = await stub.GetStatus(kv_indexer_pb2.GetStatusRequest(), timeout=5)
-                return {worker.instance_id: worker.blocks for worker in status.workers}
-
-            async def until_indexed(expected: dict[int, int]) -> None:
-                async with asyncio.timeout(20):
-                    while await blocks_by_worker() != expected:  # noqa: ASYNC110
-                        await asyncio.sleep(0.01)
+                return {w.instance_id: w.blocks for w in status.workers} == blocks_by_worker
 
             instance = discovery_pb2.Instance(
                 instance_id=1, role=discovery_pb2.ROLE_DECODE_WORKER, address=worker.address
@@ -620,9 +615,9 @@ async def test_the_service_follows_workers_from_registration_to_lost_lease(
             )
             worker.store(1, 2, 3, 4)
             async with discovery.registered(instance, [card]):
-                await until_indexed({1: 2})
-            await until_indexed({})
+                await eventually(lambda: is_indexed({1: 2}))
+            await eventually(lambda: is_indexed({}))
         stop.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_SECONDS):
             await service
         await until(lambda: not indexers.entries)
