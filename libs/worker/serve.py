@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from prometheus_client import REGISTRY
 from libs.common import logs, model_files, nats_client
 from libs.common.config import ConfigError
 from libs.common.discovery import Discovery, new_instance_id
+from libs.common.grpc_server import GrpcServer
 from libs.common.service import offering, until_idle
 from libs.common.tasks import background
-from libs.engine.interface import EngineInfo, Leg
+from libs.engine.interface import Engine, EngineInfo, Leg
 from libs.worker.config import WorkerSettings
 from libs.worker.core import wire
 from libs.worker.core.wire import Limits
@@ -45,31 +48,30 @@ MODEL_FILES = (
 _MAIN_LEGS = (Leg.PREFILL, Leg.DECODE, Leg.WHOLE)
 """The first of these that a worker runs is what its engine is for."""
 
-AddPlainService = Callable[[EngineHost, grpc.aio.Server], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerKind:
+    """What a prefill worker and a decode worker differ in."""
+
+    role: discovery_pb2.Role.ValueType
+    legs: frozenset[Leg]
+    """What its engine is given to run."""
+    plain_service_name: str
+    """Of the gRPC service that it offers to people and scripts, beside the workers' own."""
+    add_plain_service: Callable[[EngineHost, grpc.aio.Server], None]
 
 
 class EngineDied(Exception):
     """The engine stopped by itself; the process exits, for its supervisor to start it again."""
 
 
-async def serve_worker(
-    settings: WorkerSettings,
-    stop: asyncio.Event,
-    *,
-    role: discovery_pb2.Role.ValueType,
-    legs: frozenset[Leg],
-    plain_service_name: str,
-    add_plain_service: AddPlainService,
-) -> None:
+async def serve_worker(kind: WorkerKind, settings: WorkerSettings, stop: asyncio.Event) -> None:
     """Serves until told to stop, then lets running requests finish.
 
     Raises ConfigError for a model folder that can't be served, or a task that is not for this
     worker, CredentialsRefused, and EngineDied.
     """
-    if settings.task != "generate":
-        if Leg.WHOLE not in legs:
-            raise ConfigError(f"--task {settings.task} is for decode workers")
-        legs = frozenset({Leg.WHOLE})
+    legs = _legs(kind, settings)
     discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
     await discovery.check_access()
     files = await asyncio.to_thread(read_model_files, settings.model)
@@ -77,60 +79,89 @@ async def serve_worker(
     instance_id = new_instance_id()
     host = EngineHost(engine, max_waiting_requests=settings.max_waiting_requests)
     try:
-        started = time.monotonic()
-        log.info("engine starting", engine=settings.engine, model=str(settings.model))
-        info = await _unless(stop, engine.start(host))
+        info = await _unless(stop, _started(engine, host, settings))
         if info is None:
             return
-        log.info("engine started", seconds=round(time.monotonic() - started, 1), info=repr(info))
         host.limits = Limits(settings.model_name, info, legs)
-        async with nats_client.connecting(
-            settings.nats_url, settings.name, settings.nats_access
-        ) as nats:
-            publisher = KvPublisher(
-                nats,
-                namespace=settings.namespace,
-                instance_id=instance_id,
-                model=settings.model_name,
-                block_size_tokens=info.block_size_tokens,
-                has_host_tier=info.has_host_tier,
-            )
-            if settings.kv_events:
-                host.publish_to(publisher.take)
-            else:
-                host.publish_to(lambda events: None)
+        card = _card(settings, info, kind.role, instance_id, files)
+        async with _publishing(settings, host, info, instance_id) as publisher:
             WorkerCollector(engine, publisher.cached_blocks, publisher.evicted_blocks).register(
                 REGISTRY
             )
             servicer = WorkerServicer(
                 host, files, publisher.snapshot, publisher.batches, publisher.cached_blocks
             )
-
-            def add_services(server: grpc.aio.Server) -> None:
-                worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-                add_plain_service(host, server)
-
-            async def drain() -> None:
-                host.is_draining = True
-                await until_idle(host.idle.is_set, settings.drain_seconds)
-                servicer.closing.set()
-
-            async with (
-                background(publisher.run()),
-                offering(
-                    settings,
-                    discovery,
-                    role,
-                    add_services,
-                    [SERVICE_NAME, plain_service_name],
-                    drain=drain,
-                    instance_id=instance_id,
-                    cards=[_card(settings, info, role, instance_id, files)],
-                ),
-            ):
+            async with _offering(kind, settings, discovery, host, servicer, card):
                 await _until(stop, host.failure)
     finally:
         await engine.close()
+
+
+def _legs(kind: WorkerKind, settings: WorkerSettings) -> frozenset[Leg]:
+    if settings.task == "generate":
+        return kind.legs
+    if Leg.WHOLE not in kind.legs:
+        raise ConfigError(f"--task {settings.task} is for decode workers")
+    return frozenset({Leg.WHOLE})
+
+
+async def _started(engine: Engine, host: EngineHost, settings: WorkerSettings) -> EngineInfo:
+    began = time.monotonic()
+    log.info("engine starting", engine=settings.engine, model=str(settings.model))
+    info = await engine.start(host)
+    log.info("engine started", seconds=round(time.monotonic() - began, 1), info=repr(info))
+    return info
+
+
+@asynccontextmanager
+async def _publishing(
+    settings: WorkerSettings, host: EngineHost, info: EngineInfo, instance_id: int
+) -> AsyncIterator[KvPublisher]:
+    """Tells the engine's KV events over NATS while the body runs; with `kv_events` off, no more than
+    that it lives."""
+    async with nats_client.connecting(
+        settings.nats_url, settings.name, settings.nats_access
+    ) as nats:
+        publisher = KvPublisher(
+            nats,
+            namespace=settings.namespace,
+            instance_id=instance_id,
+            model=settings.model_name,
+            block_size_tokens=info.block_size_tokens,
+            has_host_tier=info.has_host_tier,
+        )
+        host.publish_to(publisher.take if settings.kv_events else lambda events: None)
+        async with background(publisher.run()):
+            yield publisher
+
+
+def _offering(
+    kind: WorkerKind,
+    settings: WorkerSettings,
+    discovery: Discovery,
+    host: EngineHost,
+    servicer: WorkerServicer,
+    card: discovery_pb2.ModelCard,
+) -> AbstractAsyncContextManager[GrpcServer]:
+    def add_services(server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+        kind.add_plain_service(host, server)
+
+    async def drain() -> None:
+        host.is_draining = True
+        await until_idle(host.idle.is_set, settings.drain_seconds)
+        servicer.closing.set()
+
+    return offering(
+        settings,
+        discovery,
+        kind.role,
+        add_services,
+        [SERVICE_NAME, kind.plain_service_name],
+        drain=drain,
+        instance_id=card.instance_id,
+        cards=[card],
+    )
 
 
 async def _unless(

@@ -8,7 +8,7 @@ import grpc
 
 from libs.engine.interface import Leg
 from libs.worker.host import EngineHost
-from libs.worker.serve import serve_worker
+from libs.worker.serve import WorkerKind, serve_worker
 from services.decode_worker.config import DecodeWorkerSettings
 from services.decode_worker.servicer import DecodeWorkerServicer
 from switchgear.decode_worker.v1 import decode_worker_pb2, decode_worker_pb2_grpc
@@ -23,13 +23,14 @@ def _add_plain_service(host: EngineHost, server: grpc.aio.Server) -> None:
     )
 
 
+KIND = WorkerKind(
+    role=discovery_pb2.ROLE_DECODE_WORKER,
+    legs=frozenset({Leg.DECODE, Leg.WHOLE}),
+    plain_service_name=SERVICE_NAME,
+    add_plain_service=_add_plain_service,
+)
+
+
 async def serve(settings: DecodeWorkerSettings, stop: asyncio.Event) -> None:
     """Serves until told to stop, then lets running requests finish."""
-    await serve_worker(
-        settings,
-        stop,
-        role=discovery_pb2.ROLE_DECODE_WORKER,
-        legs=frozenset({Leg.DECODE, Leg.WHOLE}),
-        plain_service_name=SERVICE_NAME,
-        add_plain_service=_add_plain_service,
-    )
+    await serve_worker(KIND, settings, stop)
