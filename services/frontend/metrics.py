@@ -34,72 +34,56 @@ class FrontendMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.registry = registry
-        self.requests = Counter(
-            "switchgear_frontend_requests",
-            "Requests answered.",
-            ["model", "endpoint", "status"],
-            registry=registry,
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, labelnames=["model"], registry=registry)
+        self.requests = counter(
+            "switchgear_frontend_requests", "Requests answered.", ["model", "endpoint", "status"]
         )
         self.in_flight = Gauge(
-            "switchgear_frontend_in_flight_requests",
-            "Requests being served.",
-            registry=registry,
+            "switchgear_frontend_in_flight_requests", "Requests being served.", registry=registry
         )
-        self.request_seconds = Histogram(
+        self.request_seconds = histogram(
             "switchgear_frontend_request_seconds",
             "From a request's acceptance to its last token.",
-            ["model"],
             buckets=_REQUEST_SECONDS,
-            registry=registry,
         )
-        self.ttft_seconds = Histogram(
+        self.ttft_seconds = histogram(
             "switchgear_frontend_ttft_seconds",
             "From a request's acceptance to its first token.",
-            ["model"],
             buckets=_TTFT_SECONDS,
-            registry=registry,
         )
-        self.itl_seconds = Histogram(
+        self.itl_seconds = histogram(
             "switchgear_frontend_itl_seconds",
             "Gap between output tokens; the mean of those that arrived together.",
-            ["model"],
             buckets=_ITL_SECONDS,
-            registry=registry,
         )
-        self.prompt_tokens = Counter(
+        self.prompt_tokens = counter(
             "switchgear_frontend_prompt_tokens",
             "Prompt tokens of requests that got a first token.",
             ["model"],
-            registry=registry,
         )
-        self.cached_tokens = Counter(
+        self.cached_tokens = counter(
             "switchgear_frontend_cached_tokens",
             "Prompt tokens that a worker had cached.",
             ["model"],
-            registry=registry,
         )
-        self.completion_tokens = Counter(
+        self.completion_tokens = counter(
             "switchgear_frontend_completion_tokens",
             "Output tokens, also of requests that failed later.",
             ["model"],
-            registry=registry,
         )
-        self.migrations = Counter(
+        self.migrations = counter(
             "switchgear_frontend_migrations",
             "Requests submitted again after an attempt was lost.",
             ["model", "reason"],
-            registry=registry,
         )
-        self.errors = Counter(
+        self.errors = counter(
             "switchgear_frontend_errors",
             "Requests that failed, before or after the first token.",
             ["reason"],
-            registry=registry,
         )
-        self.disconnects = Counter(
-            "switchgear_frontend_disconnects",
-            "Requests whose client left before the end.",
-            registry=registry,
+        self.disconnects = counter(
+            "switchgear_frontend_disconnects", "Requests whose client left before the end."
         )
         count_from_zero(self.errors, BY_REASON)
         self.of = cache(partial(ModelMetrics, self))
