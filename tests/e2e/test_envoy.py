@@ -21,23 +21,18 @@ from tests.e2e.running import Running, running, stream, text_of
 from tests.fixtures.eventually import eventually, until
 
 FRONTENDS = ("frontend-0", "frontend-1")
-STEP_MS = "20"
 
 
 @pytest.fixture(scope="module")
 def deployment(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Iterator[Running]:
-    timing = ("--sim-timing", "fixed", "--sim-step-ms", STEP_MS)
     with running(
         tmp_path_factory.mktemp("run"),
         engine="sim",
         model=tokenizer_folder,
-        flags={
-            "decode_worker": timing,
-            "prefill_worker": timing,
-            "frontend": ("--response-store", "nats"),
-        },
+        flags={"frontend": ("--response-store", "nats")},
+        sim_step_ms=20,
         frontends=2,
         routers=2,
         envoy=True,

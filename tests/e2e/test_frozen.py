@@ -31,12 +31,11 @@ FROZEN = (
 def deployment(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Iterator[Running]:
-    timing = ("--sim-timing", "fixed", "--sim-step-ms", "10")
     with running(
         tmp_path_factory.mktemp("run"),
         engine="sim",
         model=tokenizer_folder,
-        flags={"decode_worker": timing, "prefill_worker": timing},
+        sim_step_ms=10,
         prefill=2,
         decode=2,
         routers=2,

@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from deploy.local import topology
-from deploy.local.topology import Component
 from switchgear.common.v1 import generation_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
@@ -23,7 +22,6 @@ from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.e2e.running import LONG_PROMPT, Answer, Running, running
 from tests.fixtures.eventually import eventually
 
-FAST = ("--sim-timing", "fixed", "--sim-step-ms", "1")
 PATIENT = ("--overlap-timeout-seconds", "10")
 CACHE_FIRST = ("--decode-weight", "0.1", "--request-tokens", "0")
 """A conversation is not moved because its worker has one other request, or had one a moment ago."""
@@ -35,36 +33,16 @@ TURNS = 4
 def deployment(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Iterator[Running]:
-    with sim(tmp_path_factory.mktemp("run"), tokenizer_folder, FAST, prefill=1, decode=3) as it:
-        yield it
-
-
-def sim(
-    run_dir: Path,
-    model: Path,
-    worker_flags: tuple[str, ...],
-    router_flags: tuple[str, ...] = (),
-    *,
-    prefill: int,
-    decode: int,
-    routers: int = 1,
-    indexers: int = 1,
-) -> AbstractContextManager[Running]:
-    flags: dict[Component, tuple[str, ...]] = {
-        "decode_worker": worker_flags,
-        "prefill_worker": worker_flags,
-        "router": (*PATIENT, *router_flags),
-    }
-    return running(
-        run_dir,
+    with running(
+        tmp_path_factory.mktemp("run"),
         engine="sim",
-        model=model,
-        flags=flags,
-        prefill=prefill,
-        decode=decode,
-        routers=routers,
-        indexers=indexers,
-    )
+        model=tokenizer_folder,
+        flags={"router": PATIENT},
+        sim_step_ms=1,
+        prefill=1,
+        decode=3,
+    ) as it:
+        yield it
 
 
 def command(deployment: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -131,8 +109,16 @@ async def test_a_conversation_sticks_to_its_worker_and_is_cached(deployment: Run
 async def test_a_conversation_sticks_without_kv_events_too(
     tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    flags = (*FAST, "--no-kv-events")
-    with sim(tmp_path / "run", tokenizer_folder, flags, prefill=0, decode=3, indexers=0) as it:
+    with running(
+        tmp_path / "run",
+        engine="sim",
+        model=tokenizer_folder,
+        flags={"router": PATIENT, "decode_worker": ("--no-kv-events",)},
+        sim_step_ms=1,
+        prefill=0,
+        decode=3,
+        indexers=0,
+    ) as it:
         for number in range(6):
             home = f"decode_worker-{number % 3}"
             opening, *later = growing(number)
@@ -196,8 +182,14 @@ async def test_three_routers_find_as_much_cached_as_one(
     for routers in (1, 3):
         # Timed like an engine: a worker's load must live longer than it takes to tell of it.
         run_dir = tmp_path / f"run{routers}"
-        with sim(
-            run_dir, tokenizer_folder, (), CACHE_FIRST, prefill=0, decode=4, routers=routers
+        with running(
+            run_dir,
+            engine="sim",
+            model=tokenizer_folder,
+            flags={"router": (*PATIENT, *CACHE_FIRST)},
+            prefill=0,
+            decode=4,
+            routers=routers,
         ) as it:
             rates[routers] = await hit_rate(it, routers)
             print(f"{routers} routers: {rates[routers]:.4f} of the prompt tokens were cached")

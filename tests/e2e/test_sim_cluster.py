@@ -23,7 +23,6 @@ from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.e2e.running import LONG_PROMPT, Running, running, stream, text_of
 from tests.fixtures.eventually import eventually, until
 
-STEP_MS = "20"
 DECODE_WORKERS = ("decode_worker-0", "decode_worker-1")
 PREFILL_WORKERS = ("prefill_worker-0", "prefill_worker-1")
 
@@ -32,12 +31,11 @@ PREFILL_WORKERS = ("prefill_worker-0", "prefill_worker-1")
 def deployment(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Iterator[Running]:
-    timing = ("--sim-timing", "fixed", "--sim-step-ms", STEP_MS)
     with running(
         tmp_path_factory.mktemp("run"),
         engine="sim",
         model=tokenizer_folder,
-        flags={"decode_worker": timing, "prefill_worker": timing},
+        sim_step_ms=20,
         prefill=2,
         decode=2,
         routers=2,

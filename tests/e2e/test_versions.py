@@ -26,7 +26,6 @@ from tests.e2e.right_answers import LONG_TOKENS, Client, Served, new_prompt, und
 from tests.e2e.versions import SERVICES, MixedDeployment, Version, mixed
 from tests.fixtures.eventually import eventually
 
-STEP_MS = "10"
 LONG_ANSWER_TOKENS = 400
 """At least four seconds: a worker that is told to stop meanwhile does not finish it."""
 RIGHT_SECONDS = 20.0
@@ -40,7 +39,6 @@ def deployment(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Iterator[MixedDeployment]:
     ports = FreePorts()
-    timing = ("--sim-timing", "fixed", "--sim-step-ms", STEP_MS)
     asked = Deployment(
         engine="sim",
         model=tokenizer_folder,
@@ -51,10 +49,10 @@ def deployment(
         routers=2,
         indexers=2,
         http_port=ports.take(),
+        sim_step_ms=10,
         flags={
-            "prefill_worker": timing,
             # Less than an answer takes: those that run when it stops move to another one.
-            "decode_worker": (*timing, "--drain-seconds", "0.2"),
+            "decode_worker": ("--drain-seconds", "0.2"),
             # How slow the machine may be is not what is tried here.
             "router": ("--drain-seconds", "8", "--overlap-timeout-seconds", "5"),
             "frontend": ("--drain-seconds", "8"),
