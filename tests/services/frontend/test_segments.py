@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from services.frontend.segments import SegmentEncoder, borders_of
+from tests.services.frontend.plain_tokenizers import encoded, settings_of
 
 SPECIAL = ["<|im|>", "<|im|>x", "<|", "<|im|>xyz", "<|in", "[INST]"]
 """Some are the beginning of others."""
@@ -65,17 +64,7 @@ texts = st.lists(
 ).map("".join)
 
 
-def settings_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(tokenizer.to_str())
-    return settings
-
-
 SETTINGS = {name: settings_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-
-
-def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return token_ids
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +21,7 @@ from tokenizers import (
 
 from services.frontend import words
 from services.frontend.words import WordEncoder, cuts_at_spaces
+from tests.services.frontend.plain_tokenizers import encoded, settings_of
 
 SPACES = [
     " ",
@@ -92,17 +92,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
 }
 
 
-def settings_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(tokenizer.to_str())
-    return settings
-
-
 SETTINGS = {name: settings_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-
-
-def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return token_ids
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
