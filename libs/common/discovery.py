@@ -323,17 +323,27 @@ class Discovery:
         with _Doubted(table) as doubted:
             doubted.add(missing)
             async for event in watch:
-                key = _key(root, event.kv.key)
-                changed = dict(table.entries)
-                if event.kind == aetcd.rtypes.EventKind.DELETE:
-                    if self._silence.casts_doubt(asyncio.get_running_loop().time()):
-                        doubted.add([key])
-                    else:
-                        changed.pop(key, None)
-                elif (value := _parse(event.kv.key, event.kv.value, message)) is not None:
-                    changed[key] = value
-                    doubted.discard(key)
-                table.replace(changed, event.kv.mod_revision)
+                self._take(event, _key(root, event.kv.key), message, table, doubted)
+
+    def _take(
+        self,
+        event: aetcd.rtypes.Event,
+        key: Key,
+        message: type[T],
+        table: Table[T],
+        doubted: _Doubted,
+    ) -> None:
+        """Changes the table as the event says."""
+        changed = dict(table.entries)
+        if event.kind == aetcd.rtypes.EventKind.DELETE:
+            if self._silence.casts_doubt(asyncio.get_running_loop().time()):
+                doubted.add([key])
+            else:
+                changed.pop(key, None)
+        elif (value := _parse(event.kv.key, event.kv.value, message)) is not None:
+            changed[key] = value
+            doubted.discard(key)
+        table.replace(changed, event.kv.mod_revision)
 
 
 class _Doubted:
