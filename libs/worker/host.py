@@ -174,14 +174,25 @@ class EngineHost:
     def step(self, step: Step) -> None:
         """Distributes what one step produced."""
         touched: set[Session] = set()
-        live_of = self._live
+        self._start(step)
+        self._produce(step, touched)
+        self._add_details(step)
+        self._finish(step, touched)
+        self._hand_off(step, touched)
+        for session in touched:
+            session.flush()
+        self._load.changed()
+
+    def _start(self, step: Step) -> None:
         for start in step.starts:
-            if (live := live_of.get(start.key)) is not None:
+            if (live := self._live.get(start.key)) is not None:
                 live.session.started(live.handle, start)
                 metrics.prompt_started(live.leg, live.prompt_tokens, start)
                 if live.trace is not None:
                     live.trace.started(start)
-        tokens = step.tokens
+
+    def _produce(self, step: Step, touched: set[Session]) -> None:
+        live_of, tokens = self._live, step.tokens
         if len(tokens) == len(step.keys):
             for key, token in zip(step.keys, tokens, strict=True):
                 if (live := live_of.get(key)) is not None:
@@ -194,15 +205,20 @@ class EngineHost:
                     live.session.produced(live.handle, tokens[position : position + number])
                     touched.add(live.session)
                 position += number
+
+    def _add_details(self, step: Step) -> None:
+        """What goes along with tokens and finishes, for the few requests that want it."""
         for found in step.logprobs:
-            if (live := live_of.get(found.key)) is not None:
+            if (live := self._live.get(found.key)) is not None:
                 live.session.found_logprobs(live.handle, found)
         for found in step.prompt_logprobs:
-            if (live := live_of.get(found.key)) is not None:
+            if (live := self._live.get(found.key)) is not None:
                 live.session.found_prompt_logprobs(live.handle, found)
         for pooled in step.pooled:
-            if (live := live_of.get(pooled.key)) is not None:
+            if (live := self._live.get(pooled.key)) is not None:
                 live.session.pooled(live.handle, pooled)
+
+    def _finish(self, step: Step, touched: set[Session]) -> None:
         for finish in step.finishes:
             if (live := self._forget(finish.key)) is not None:
                 live.session.finished(live.handle, finish)
@@ -210,6 +226,9 @@ class EngineHost:
                 if live.trace is not None:
                     live.trace.finished(finish)
                 touched.add(live.session)
+
+    def _hand_off(self, step: Step, touched: set[Session]) -> None:
+        """Of prompts whose KV now waits to be pulled."""
         for prefilled in step.prefilled:
             if (live := self._forget(prefilled.key)) is not None:
                 live.session.prefilled(live.handle, prefilled)
@@ -223,9 +242,6 @@ class EngineHost:
                     None,
                 )
                 touched.add(live.session)
-        for session in touched:
-            session.flush()
-        self._load.changed()
 
     def kv_events(self, events: Sequence[EngineKvEvent]) -> None:
         self._on_kv_events(events)
