@@ -88,22 +88,16 @@ def run(
         raise typer.BadParameter("no .venv-dynamo here; use --no-dynamo", param_hint="--dynamo")
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     commit = environment.commit()  # Before the hour in which somebody may make another.
-    rows = [ROWS[name] for name in row or ROWS]
     if azure_trace is None and trace_file.with_name(_AZURE_FILE).is_file():
         azure_trace = trace_file.with_name(_AZURE_FILE)
-    if azure_trace is None:
-        if row and any(one.trace == AZURE for one in rows):
-            raise typer.BadParameter("needed for such rows", param_hint="--azure-trace")
-        print(f"no rows of {AZURE}: {_AZURE_FILE} is not beside the trace")
-        rows = [one for one in rows if one.trace != AZURE]
-    names = policy or list(POLICIES)
+    rows = _rows(row, has_azure=azure_trace is not None)
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="switchgear-routing-") as scratch:
         tasks = []
         for one in rows:
             source = azure_trace if azure_trace and one.trace == AZURE else trace_file
             variant = _variant(source, one, requests, Path(scratch))
-            tasks += [(variant, one, name) for name in names]
+            tasks += [(variant, one, name) for name in policy or POLICIES]
         with ProcessPoolExecutor(max_workers=jobs) as pool:
             waiting = [pool.submit(_ours, *task) for task in tasks]
             if dynamo:
@@ -124,6 +118,16 @@ def run(
             decisions=list(_decisions()),
         ),
     )
+
+
+def _rows(names: list[str] | None, *, has_azure: bool) -> list[Row]:
+    rows = [ROWS[name] for name in names or ROWS]
+    if has_azure:
+        return rows
+    if names and any(row.trace == AZURE for row in rows):
+        raise typer.BadParameter("needed for such rows", param_hint="--azure-trace")
+    print(f"no rows of {AZURE}: {_AZURE_FILE} is not beside the trace")
+    return [row for row in rows if row.trace != AZURE]
 
 
 @app.command("speed")

@@ -117,8 +117,8 @@ async def _started(engine: Engine, host: EngineHost, settings: WorkerSettings) -
 async def _publishing(
     settings: WorkerSettings, host: EngineHost, info: EngineInfo, instance_id: int
 ) -> AsyncIterator[KvPublisher]:
-    """Tells the engine's KV events over NATS while the body runs; with `kv_events` off, only that it
-    lives."""
+    """Tells the engine's KV events over NATS while the body runs; with `kv_events` off, no more
+    than that the worker lives."""
     async with nats_client.connecting(
         settings.nats_url, settings.name, settings.nats_access
     ) as nats:
