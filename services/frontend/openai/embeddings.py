@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from libs.common.errors import SwitchgearError
 from services.frontend.chat_template import Chat
 from services.frontend.embedding import MAX_INPUTS, floats_of
-from services.frontend.openai.exchange import exchange_of
+from services.frontend.openai.exchange import Exchange, exchange_of
 from services.frontend.openai.generation import last_write
 from services.frontend.openai.messages import ChatMessage, for_template
 from services.frontend.openai.schema import MAX_SALT_CHARACTERS, prompts_of
@@ -194,46 +194,52 @@ class EmbeddingResponse(Response):
 
     async def _run(self, scope: Scope, send: Send) -> bytes:
         """Sends the answer up to its last piece, which it returns."""
-        pipeline, body = self._pipeline, self._body
         accepted_at = asyncio.get_running_loop().time()
-        deadline = accepted_at + pipeline.settings.request_timeout_seconds
+        deadline = accepted_at + self._pipeline.settings.request_timeout_seconds
         exchange = exchange_of(scope)
         exchange.answer_id = self._answer_id
+        with self._pipeline.admitted(exchange.caller), Watch(deadline, exchange.connection):
+            return await self._send_most(await self._embed(exchange, accepted_at, deadline), send)
+
+    async def _embed(
+        self, exchange: Exchange, accepted_at: float, deadline: float
+    ) -> Iterator[bytes]:
+        """The answer, in pieces."""
+        pipeline, body = self._pipeline, self._body
         caller, options = exchange.caller, body.options()
-        with pipeline.admitted(caller), Watch(deadline, exchange.connection):
-            exchange.model = pipeline.models.canonical_name(body.model)
-            model = pipeline.model_for(caller, body.model)
-            model.check_embeds()
-            embedding = pipeline.start_embedding(
-                self._answer_id,
-                model,
-                await pipeline.tokenise_inputs(model, body.inputs(), options),
-                options,
-                caller=caller,
-                traceparent=exchange.traceparent,
-                routing=self._routing,
-                accepted_at=accepted_at,
-                deadline=deadline,
-            )
-            vectors = await embedding.run()
-            tokens = embedding.prompt_tokens
-            end = {
-                "model": model.name,
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
-            pieces = self._pieces(vectors, end)
-            piece = next(pieces)
-            headers = [(b"content-type", b"application/json")]
-            for following in pieces:
-                if not self._is_started:
-                    await self._start(send, headers)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await asyncio.sleep(0)
-                piece = following
+        exchange.model = pipeline.models.canonical_name(body.model)
+        model = pipeline.model_for(caller, body.model)
+        model.check_embeds()
+        embedding = pipeline.start_embedding(
+            self._answer_id,
+            model,
+            await pipeline.tokenise_inputs(model, body.inputs(), options),
+            options,
+            caller=caller,
+            traceparent=exchange.traceparent,
+            routing=self._routing,
+            accepted_at=accepted_at,
+            deadline=deadline,
+        )
+        vectors = await embedding.run()
+        tokens = embedding.prompt_tokens
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return self._pieces(vectors, {"model": model.name, "usage": usage})
+
+    async def _send_most(self, pieces: Iterator[bytes], send: Send) -> bytes:
+        """All but the last piece, which it returns."""
+        piece = next(pieces)
+        headers = [(b"content-type", b"application/json")]
+        for following in pieces:
             if not self._is_started:
-                headers.append((b"content-length", str(len(piece)).encode()))
                 await self._start(send, headers)
-            return piece
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+            piece = following
+        if not self._is_started:
+            headers.append((b"content-length", str(len(piece)).encode()))
+            await self._start(send, headers)
+        return piece
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._is_started = True
