@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+from nats.aio.client import Client
 
 from libs.common import logs
 from libs.common.channels import Channels
@@ -21,7 +22,7 @@ from libs.common.tasks import background
 from services.kv_indexer import metrics
 from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
-from services.kv_indexer.core.index import CompiledIndex, FastestIndex
+from services.kv_indexer.core.index import BlockIndex, CompiledIndex, FastestIndex
 from services.kv_indexer.events import receiving
 from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.servicer import SERVICE_NAME, KvIndexerServicer
@@ -39,7 +40,7 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
     itself from then on."""
     discovery = Discovery(settings.etcd_url, settings.namespace, settings.etcd_access)
     await discovery.check_access()
-    channels, certificates = Channels(settings.certificates), settings.certificates
+    certificates = settings.certificates
     name = settings.name or "kv_indexer"
     index = FastestIndex(settings.max_index_bytes)
     metrics.is_compiled.set(CompiledIndex is not None)
@@ -50,24 +51,8 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
             discovery.watching("models/", discovery_pb2.ModelCard) as cards,
             connecting(settings.nats_url, name, settings.nats_access) as nats,
         ):
-            indexer = Indexer(
-                index=index,
-                fetch_snapshot=partial(
-                    fetch_snapshot,
-                    timeout_seconds=settings.recovery_timeout_seconds,
-                    channels=channels,
-                ),
-                fetch_batches=partial(
-                    fetch_batches,
-                    timeout_seconds=settings.recovery_timeout_seconds,
-                    channels=channels,
-                ),
-                events_connection=lambda: connection_number(nats),
-                silent_after_seconds=settings.silent_after_seconds,
-                recoveries_at_once=settings.recoveries_at_once,
-            )
+            indexer = _indexer(settings, index, nats)
             follow_discovery(indexer, instances, cards)
-
             servicer = KvIndexerServicer(indexer)
 
             def add_services(server: grpc.aio.Server) -> None:
@@ -94,6 +79,18 @@ async def serve(settings: KvIndexerSettings, stop: asyncio.Event) -> None:
                 await asyncio.wait(
                     {following, offering, stopping}, return_when=asyncio.FIRST_COMPLETED
                 )
+
+
+def _indexer(settings: KvIndexerSettings, index: BlockIndex, nats: Client) -> Indexer:
+    channels, seconds = Channels(settings.certificates), settings.recovery_timeout_seconds
+    return Indexer(
+        index=index,
+        fetch_snapshot=partial(fetch_snapshot, timeout_seconds=seconds, channels=channels),
+        fetch_batches=partial(fetch_batches, timeout_seconds=seconds, channels=channels),
+        events_connection=lambda: connection_number(nats),
+        silent_after_seconds=settings.silent_after_seconds,
+        recoveries_at_once=settings.recoveries_at_once,
+    )
 
 
 def follow_discovery(
