@@ -84,6 +84,47 @@ def _as_nats_errors() -> Iterator[None]:
         raise Error(f"{_UNREADABLE}: {error}") from error
 
 
+class _News:
+    """What a client hears of its connections: it is logged, and the first answer kept for a start
+    that waits for it."""
+
+    def __init__(self, url: str, access: ServerAccess) -> None:
+        self._url = url
+        self._certificates = access.certificates
+        self._failed = FailedConnections(access.certificates, ["nats"])
+        self.is_first_attempt = True
+        self.first_answer: asyncio.Future[CredentialsRefused | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        """None when NATS let us in, or is away."""
+
+    def answered(self, refusal: CredentialsRefused | None) -> None:
+        if not self.first_answer.done():
+            self.first_answer.set_result(refusal)
+
+    async def on_error(self, error: Exception) -> None:
+        if isinstance(error, ssl.SSLError):
+            self._failed.found("nats", self._url, mistrust_of(error, self._certificates))
+        refusal = _as_refusal(self._url, error)
+        if refusal is None:
+            level = logging.DEBUG if self.first_answer.done() else logging.WARNING
+            log.log(level, "nats unavailable", url=self._url, error=repr(error))
+            self.answered(None)
+        elif self.is_first_attempt and not self.first_answer.done():
+            # Ends the attempts to connect; what was opened for them is closed with the client.
+            raise refusal
+        else:
+            log.error("nats refuses", error=str(refusal))
+            self.answered(refusal)
+
+    async def on_disconnect(self) -> None:
+        log.warning("nats disconnected", url=self._url)
+
+    async def on_connect(self) -> None:
+        log.info("nats connected", url=self._url)
+        self.answered(None)
+
+
 @asynccontextmanager
 async def connecting(
     url: str, name: str, access: ServerAccess | None = None
@@ -95,78 +136,47 @@ async def connecting(
     not let us in.
     """
     access = access or ServerAccess()
-    client = _Client(url, access)
-    loop = asyncio.get_running_loop()
-    is_first_attempt = True
-    first_answer: asyncio.Future[CredentialsRefused | None] = loop.create_future()
-
-    def answered(refusal: CredentialsRefused | None) -> None:
-        if not first_answer.done():
-            first_answer.set_result(refusal)
-
-    failed = FailedConnections(access.certificates, ["nats"])
-
-    async def on_error(error: Exception) -> None:
-        if isinstance(error, ssl.SSLError):
-            failed.found("nats", url, mistrust_of(error, access.certificates))
-        refusal = _as_refusal(url, error)
-        if refusal is None:
-            level = logging.DEBUG if first_answer.done() else logging.WARNING
-            log.log(level, "nats unavailable", url=url, error=repr(error))
-            answered(None)
-        elif is_first_attempt and not first_answer.done():
-            # Ends the attempts to connect; what was opened for them is closed with the client.
-            raise refusal
-        else:
-            log.error("nats refuses", error=str(refusal))
-            answered(refusal)
-
-    async def on_disconnect() -> None:
-        log.warning("nats disconnected", url=url)
-
-    async def on_connect() -> None:
-        log.info("nats connected", url=url)
-        answered(None)
-
-    async def connect() -> None:
-        nonlocal is_first_attempt
-        try:
-            await client.connect(
-                url,
-                name=name,
-                user=access.username or None,
-                password=access.password if access.password_file else None,
-                token=access.token if access.token_file else None,
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=RECONNECT_SECONDS,
-                connect_timeout=2,
-                ping_interval=5,
-                max_outstanding_pings=2,
-                # What can't be sent now is stale later: readers notice the gap and take a snapshot.
-                pending_size=0,
-                error_cb=on_error,
-                disconnected_cb=on_disconnect,
-                reconnected_cb=on_connect,
-            )
-        except CredentialsRefused as refusal:
-            answered(refusal)
-        else:
-            is_first_attempt = False
-            # A connection that ends without a word, for want of a certificate, returns as well.
-            if client.is_connected:
-                await on_connect()
-
-    async with background(connect()):
+    client, news = _Client(url, access), _News(url, access)
+    async with background(_connect(client, url, name, access, news)):
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_ANSWER_SECONDS):
-                    if (refusal := await first_answer) is not None:
+                    if (refusal := await news.first_answer) is not None:
                         raise refusal
             yield client
         finally:
             if not client.is_closed:
                 await client.close()
+
+
+async def _connect(client: Client, url: str, name: str, access: ServerAccess, news: _News) -> None:
+    """Returns once it is connected, or refused at once. It connects again by itself."""
+    try:
+        await client.connect(
+            url,
+            name=name,
+            user=access.username or None,
+            password=access.password if access.password_file else None,
+            token=access.token if access.token_file else None,
+            allow_reconnect=True,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_SECONDS,
+            connect_timeout=2,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            # What can't be sent now is stale later: readers notice the gap and take a snapshot.
+            pending_size=0,
+            error_cb=news.on_error,
+            disconnected_cb=news.on_disconnect,
+            reconnected_cb=news.on_connect,
+        )
+    except CredentialsRefused as refusal:
+        news.answered(refusal)
+    else:
+        news.is_first_attempt = False
+        # A connection that ends without a word, for want of a certificate, returns as well.
+        if client.is_connected:
+            await news.on_connect()
 
 
 def _as_refusal(url: str, error: Exception) -> CredentialsRefused | None:
