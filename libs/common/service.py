@@ -57,7 +57,7 @@ async def offering(
             )
             async with discovery.registered(instance, cards):
                 await server.set_serving(True)
-                _spare_the_garbage_collector()
+                spare_the_garbage_collector()
                 log.info(
                     "serving",
                     address=instance.address,
@@ -69,7 +69,7 @@ async def offering(
             await drain()
 
 
-def _spare_the_garbage_collector() -> None:
+def spare_the_garbage_collector() -> None:
     """What start-up has made stays. Looking through it again and again would stop all streams of
     the process for tens of milliseconds each time."""
     gc.collect()

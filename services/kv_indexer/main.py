@@ -18,6 +18,7 @@ from libs.common.grpc_server import GrpcServer, ServerTls, serving
 from libs.common.kv_events import InstanceId
 from libs.common.metrics import serving_metrics
 from libs.common.nats_client import connecting, connection_number
+from libs.common.service import spare_the_garbage_collector
 from libs.common.tasks import background
 from services.kv_indexer import metrics
 from services.kv_indexer.batches import fetch_batches
@@ -151,6 +152,7 @@ async def _offer(
         address=f"{settings.reachable_host}:{server.port}",
         metrics_address=f"{settings.reachable_host}:{metrics_port}",
     )
+    spare_the_garbage_collector()
     log.info("serving", address=instance.address, metrics_address=instance.metrics_address)
     async with discovery.registered(instance):
         await asyncio.Event().wait()
