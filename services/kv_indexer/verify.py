@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -13,7 +14,7 @@ import grpc
 from libs.common.channels import Channels
 from libs.common.config import ConfigError
 from libs.common.discovery import Discovery
-from libs.common.errors import CredentialsRefused
+from libs.common.errors import CredentialsRefused, NoLiveInstance
 from libs.common.kv_events import Tier
 from services.kv_indexer.config import KvIndexerSettings
 from switchgear.discovery.v1 import discovery_pb2
@@ -21,6 +22,9 @@ from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 
 EQUAL, DIFFERENT, NOT_COMPARED = 0, 1, 2
 """Exit statuses; the largest of all comparisons is the command's."""
+
+UNTOLD_SECONDS = 1.0
+"""How long a person is left without a word on what is waited for."""
 
 HEADINGS = (
     *("indexer", "worker", "model", "tier", "equal", "only in index", "only at worker"),
@@ -58,18 +62,17 @@ def main(argv: Sequence[str]) -> int:
         " environment",
     )
     parser.add_argument("--namespace", default=settings.namespace)
-    parser.add_argument("--timeout-seconds", type=float, default=30.0, help="for all of it")
+    parser.add_argument("--timeout-seconds", type=float, default=30.0, help="for all answers")
     arguments = parser.parse_args(argv)
     try:
         settings.check_files()
         discovery = Discovery(arguments.etcd_url, arguments.namespace, settings.etcd_access)
         channels = Channels(settings.certificates)
-        answers, names = asyncio.run(_ask_all(discovery, channels, arguments.timeout_seconds))
-    except (ConfigError, CredentialsRefused) as error:
+        answers, names = asyncio.run(
+            _ask_all(discovery, arguments.etcd_url, channels, arguments.timeout_seconds)
+        )
+    except (ConfigError, CredentialsRefused, NoLiveInstance) as error:
         print(error, file=sys.stderr)
-        return NOT_COMPARED
-    except TimeoutError:
-        print(f"etcd at {arguments.etcd_url} does not answer", file=sys.stderr)
         return NOT_COMPARED
     if not answers:
         print(f"no KV indexer is registered in namespace {arguments.namespace}", file=sys.stderr)
@@ -79,15 +82,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _ask_all(
-    discovery: Discovery, channels: Channels, timeout_seconds: float
+    discovery: Discovery, etcd_url: str, channels: Channels, timeout_seconds: float
 ) -> tuple[list[Answer], dict[int, str]]:
-    """All indexers' answers, and the names of the instances. Raises TimeoutError without etcd, and
-    CredentialsRefused."""
-    await discovery.check_access()
-    async with discovery.watching("instances/", discovery_pb2.Instance) as table:
-        async with asyncio.timeout(timeout_seconds):
-            await table.was_read.wait()
-        instances = list(table.values())
+    """All indexers' answers, and the names of the instances. Raises NoLiveInstance without etcd,
+    and CredentialsRefused."""
+    with _told(f"waiting for etcd at {etcd_url}"):
+        instances = (await discovery.read("instances/", discovery_pb2.Instance)).values()
     names = {instance.instance_id: instance.name for instance in instances}
     # One that was killed and started again is listed twice until the first one's lease ends.
     indexers = {
@@ -96,7 +96,20 @@ async def _ask_all(
         if instance.role == discovery_pb2.ROLE_KV_INDEXER
     }
     asked = (ask(name, address, timeout_seconds, channels) for address, name in indexers.items())
-    return list(await asyncio.gather(*asked)), names
+    with _told(f"waiting for {', '.join(indexers.values())}"):
+        return list(await asyncio.gather(*asked)), names
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Says so, unless the body is quick."""
+    told = asyncio.get_running_loop().call_later(
+        UNTOLD_SECONDS, lambda: print(what, file=sys.stderr, flush=True)
+    )
+    try:
+        yield
+    finally:
+        told.cancel()
 
 
 async def ask(

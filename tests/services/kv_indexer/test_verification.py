@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import socket
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NoReturn
 
 import grpc
+import pytest
 
+from deploy.local.ports import FreePorts
+from libs.common.discovery import Discovery
 from libs.common.errors import KvBatchesGone, NoLiveInstance
 from libs.common.grpc_server import serving
 from libs.common.kv_events import BlocksStored, KvBatch, KvSnapshot
@@ -19,8 +27,10 @@ from services.kv_indexer.indexer import Indexer
 from services.kv_indexer.servicer import SERVICE_NAME, KvIndexerServicer
 from services.kv_indexer.snapshots import Worker
 from services.kv_indexer.verify import DIFFERENT, EQUAL, NOT_COMPARED, Answer
+from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_events.v1 import kv_events_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
+from tests.fixtures.servers import ServerProcess
 
 EPOCH, NUMBER = 3, 7
 
@@ -208,3 +218,74 @@ def test_the_table_has_a_line_for_each_worker_and_tier_and_for_an_indexer_that_s
         DIFFERENT,
         NOT_COMPARED,
     ]
+
+
+@contextmanager
+def deaf_server() -> Iterator[str]:
+    """The host:port of one that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_dead_etcd_ends_the_command_with_one_line_that_names_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    url = f"http://127.0.0.1:{FreePorts().take()}"
+
+    assert verify.main(["--etcd-url", url]) == NOT_COMPARED
+
+    out, [error] = split_lines(capfd)
+    assert out == []
+    assert error.startswith(f"etcd at {url} can't be reached")
+
+
+def test_what_is_waited_for_is_said_before_it_is_given_up(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with deaf_server() as address:
+        assert verify.main(["--etcd-url", f"http://{address}"]) == NOT_COMPARED
+
+    _, [waiting, error] = split_lines(capfd)
+    assert waiting == f"waiting for etcd at http://{address}"
+    assert error.startswith(f"etcd at http://{address} can't be reached")
+
+
+async def test_an_indexer_that_does_not_answer_is_named_while_it_is_waited_for(
+    etcd_server: ServerProcess,
+) -> None:
+    discovery = Discovery(etcd_server.url, "busy-indexer")
+    busy = _BusyServicer(Workers({}).indexer())
+    add = partial(kv_indexer_pb2_grpc.add_KvIndexerServiceServicer_to_server, busy)
+    async with serving("127.0.0.1", 0, add, [SERVICE_NAME]) as server:
+        instance = discovery_pb2.Instance(
+            instance_id=1,
+            name="kv_indexer-0",
+            role=discovery_pb2.ROLE_KV_INDEXER,
+            address=f"127.0.0.1:{server.port}",
+        )
+        await discovery.put("instances/kv_indexer/1", instance)
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.kv_indexer", "verify", "--timeout-seconds", "1.5"),
+            *("--etcd-url", etcd_server.url, "--namespace", "busy-indexer"),
+            stdout=PIPE,
+            stderr=PIPE,
+        )
+        out, errors = await command.communicate()
+
+    assert command.returncode == NOT_COMPARED
+    assert errors.decode() == "waiting for kv_indexer-0\n"
+    assert b"DEADLINE_EXCEEDED" in out
+
+
+class _BusyServicer(KvIndexerServicer):
+    """Compares for ever."""
+
+    async def Verify(self, request: object, context: object) -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+
+def split_lines(capfd: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """What was written to stdout and to stderr."""
+    captured = capfd.readouterr()
+    return captured.out.splitlines(), captured.err.splitlines()
