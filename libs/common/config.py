@@ -153,7 +153,7 @@ class ServiceSettings(BaseSettings):
                 if path is not None:
                     secret_in(path)
             except ValueError as error:
-                raise ConfigError(f"{self._named(name)}: {error}") from error
+                raise ConfigError(f"{self.named(name)}: {error}") from error
 
     def _check_certificates(self, purpose: str, files: CertificateFiles) -> None:
         try:
@@ -167,10 +167,11 @@ class ServiceSettings(BaseSettings):
         if missing and len(missing) < len(names):
             there = next(name for name in names if name not in missing)
             raise ConfigError(
-                f"{', '.join(map(self._named, missing))} must be set with {self._named(there)}"
+                f"{', '.join(map(self.named, missing))} must be set with {self.named(there)}"
             )
 
-    def _named(self, name: str) -> str:
+    def named(self, name: str) -> str:
+        """A setting as people give it: its flag and its variable."""
         return _named(self.model_config.get("env_prefix", ""), name)
 
 
@@ -213,7 +214,7 @@ class NatsSettings(ServiceSettings):
         super().check_files()
         if self.nats_username and self.nats_token_file:
             raise ConfigError(
-                f"{self._named('nats_username')} and {self._named('nats_token_file')} are both set"
+                f"{self.named('nats_username')} and {self.named('nats_token_file')} are both set"
             )
         self._check_access("nats", self.nats_access)
 

@@ -211,6 +211,15 @@ class ProtocolViolation(SwitchgearError):
     )
 
 
+class CannotListen(OSError):
+    """A port is taken, or an address is not this machine's. Ends a process that starts."""
+
+    def __init__(self, setting: str, host: str, port: int, error: OSError) -> None:
+        """`setting` is what the port was told with, such as grpc_port."""
+        super().__init__(f"can't listen on {host}:{port}: {error.strerror or error}")
+        self.setting = setting
+
+
 BY_REASON: dict[str, type[SwitchgearError]] = {
     error.reason: error
     for error in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from prometheus_client import Gauge
 
 from libs.common import grpc_errors, logs
 from libs.common.credentials import CertificateFiles, FollowedCertificates
-from libs.common.errors import CallerNotAllowed, SwitchgearError
+from libs.common.errors import CallerNotAllowed, CannotListen, SwitchgearError
 from libs.common.identity import CALLERS, certificate_name
 
 log = logs.get(__name__)
@@ -139,7 +140,7 @@ async def serving(
 
     `service_names` are full names, for health and reflection. Without `tls` nothing is encrypted,
     and everybody is served. At the end calls in progress have `grace_seconds` to finish. Raises
-    OSError when the port is taken.
+    CannotListen.
     """
     interceptors: list[grpc.aio.ServerInterceptor] = [_TypedErrors(tls.component if tls else "")]
     server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
@@ -149,6 +150,7 @@ async def serving(
     reflection.enable_server_reflection(
         [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
+    _try_to_listen(host, port)
     try:
         bound = (
             server.add_secure_port(f"{host}:{port}", tls.credentials())
@@ -156,7 +158,7 @@ async def serving(
             else server.add_insecure_port(f"{host}:{port}")
         )
     except RuntimeError as error:
-        raise OSError(f"can't listen on {host}:{port}: {error}") from error
+        raise CannotListen("grpc_port", host, port, OSError(str(error))) from error
     running = GrpcServer(server, bound, servicer, service_names)
     await running.set_serving(False)
     await servicer.set(ALIVE, health_pb2.HealthCheckResponse.SERVING)
@@ -166,6 +168,18 @@ async def serving(
     finally:
         await running.set_serving(False)
         await server.stop(grace_seconds)
+
+
+def _try_to_listen(host: str, port: int) -> None:
+    """Raises CannotListen with the reason, which grpc would write to stderr by itself and not
+    raise."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise CannotListen("grpc_port", host, port, error) from error
 
 
 class _TypedErrors(grpc.aio.ServerInterceptor):

@@ -10,6 +10,8 @@ from itertools import product
 
 from prometheus_client import Counter, Gauge, start_http_server
 
+from libs.common.errors import CannotListen
+
 ASYNCIO_TASKS = Gauge("switchgear_asyncio_tasks", "Tasks of the event loop that have not ended.")
 
 
@@ -25,11 +27,15 @@ def count_from_zero(counter: Counter, *values: Iterable[str]) -> None:
 
 @contextmanager
 def serving_metrics(host: str, port: int) -> Iterator[int]:
-    """Serves /metrics from a thread while the body runs in an event loop; gives the port."""
+    """Serves /metrics from a thread while the body runs in an event loop; gives the port. Raises
+    CannotListen."""
     loop = asyncio.get_running_loop()
     # Counted when somebody asks, from the metrics server's thread: `all_tasks` is made for that.
     ASYNCIO_TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
-    server, thread = start_http_server(port, addr=host)
+    try:
+        server, thread = start_http_server(port, addr=host)
+    except OSError as error:
+        raise CannotListen("metrics_port", host, port, error) from error
     try:
         yield server.server_port
     finally:

@@ -37,7 +37,7 @@ async def offering(
     """Serves gRPC and metrics and is registered while the body runs.
 
     At the end, in this order: out of discovery and NOT_SERVING, `drain`, server stopped. Raises
-    OSError when a port is taken.
+    CannotListen.
     """
     host, certificates = settings.reachable_host, settings.certificates
     with serving_metrics(settings.host, settings.metrics_port) as metrics_port:

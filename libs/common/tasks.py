@@ -15,7 +15,7 @@ import uvloop
 
 from libs.common import config, logs, tracing
 from libs.common.config import ServiceSettings
-from libs.common.errors import CredentialsRefused
+from libs.common.errors import CannotListen, CredentialsRefused
 
 log = logs.get(__name__)
 
@@ -87,6 +87,9 @@ def run_service(
         raise SystemExit(2) from None
     except CredentialsRefused as error:
         log.error("credentials refused", error=str(error))
+        _exit_now(1)
+    except CannotListen as error:
+        log.error("port not available", error=str(error), setting=settings.named(error.setting))
         _exit_now(1)
     except Exception:
         log.exception("service failed")

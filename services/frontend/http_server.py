@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp
 
+from libs.common.errors import CannotListen
 from services.frontend.config import FrontendSettings
 from services.frontend.http_protocol import HttpConfig, HttpProtocol
 
@@ -45,7 +46,7 @@ class HttpServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serving_http(app: ASGIApp, settings: FrontendSettings) -> AsyncIterator[HttpServer]:
-    """Serves while the body runs; then cuts off. Raises OSError when the port can't be had."""
+    """Serves while the body runs; then cuts off. Raises CannotListen."""
     listener = _listen(settings.host, settings.http_port)
     config = HttpConfig(
         app,
@@ -86,6 +87,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG_CONNECTIONS)
     except OSError as error:
         listener.close()
-        raise OSError(f"can't listen on {host}:{port}: {error}") from error
+        raise CannotListen("http_port", host, port, error) from error
     listener.setblocking(False)
     return listener
