@@ -220,6 +220,10 @@ class CannotListen(OSError):
         self.setting = setting
 
 
+class EngineDied(Exception):
+    """A worker's engine stopped by itself, and the log has its traceback. Ends the process."""
+
+
 BY_REASON: dict[str, type[SwitchgearError]] = {
     error.reason: error
     for error in (

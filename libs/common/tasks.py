@@ -15,7 +15,7 @@ import uvloop
 
 from libs.common import config, logs, tracing
 from libs.common.config import ServiceSettings
-from libs.common.errors import CannotListen, CredentialsRefused
+from libs.common.errors import CannotListen, CredentialsRefused, EngineDied
 
 log = logs.get(__name__)
 
@@ -90,6 +90,9 @@ def run_service(
         _exit_now(1)
     except CannotListen as error:
         log.error("port not available", error=str(error), setting=settings.named(error.setting))
+        _exit_now(1)
+    except EngineDied as error:
+        log.error("service failed", error=str(error))
         _exit_now(1)
     except Exception:
         log.exception("service failed")

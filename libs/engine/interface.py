@@ -301,7 +301,8 @@ class EngineSink(Protocol):
         """The load may have changed without a submission, a cancellation or a step, or since."""
 
     def failed(self, error: BaseException) -> None:
-        """The engine is dead and will report nothing more. Called once at most."""
+        """The engine is dead and will report nothing more. Called once at most; the sink logs the
+        error."""
 
 
 @dataclass(frozen=True, slots=True)

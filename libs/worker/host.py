@@ -251,7 +251,7 @@ class EngineHost:
 
     def failed(self, error: BaseException) -> None:
         """Fails everything; clients move their requests elsewhere."""
-        log.error("engine died", exc_info=error)
+        log.error("engine died", requests=len(self._live), exc_info=error)
         lost = WorkerLost("the engine died")
         self.step(
             Step(finishes=[Finish(key, FinishReason.ERROR, lost) for key in list(self._live)])

@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from libs.common import logs, model_files, nats_client
 from libs.common.config import ConfigError
 from libs.common.discovery import Discovery, new_instance_id
+from libs.common.errors import EngineDied
 from libs.common.grpc_server import GrpcServer
 from libs.common.service import offering, until_idle
 from libs.common.tasks import background
@@ -59,10 +60,6 @@ class WorkerKind:
     plain_service_name: str
     """Of the gRPC service that it offers to people and scripts, beside the workers' own."""
     add_plain_service: Callable[[EngineHost, grpc.aio.Server], None]
-
-
-class EngineDied(Exception):
-    """The engine stopped by itself; the process exits, for its supervisor to start it again."""
 
 
 async def serve_worker(kind: WorkerKind, settings: WorkerSettings, stop: asyncio.Event) -> None:
@@ -187,7 +184,10 @@ async def _until(stop: asyncio.Event, failure: asyncio.Future[BaseException]) ->
     finally:
         stopped.cancel()
     if failure.done():
-        raise EngineDied from failure.result()
+        raise EngineDied(
+            "the engine died: requests move to other workers, and this process ends, for whoever"
+            " watches over it to start it again"
+        ) from failure.result()
 
 
 def read_model_files(model: Path) -> dict[str, bytes]:

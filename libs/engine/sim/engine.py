@@ -119,7 +119,6 @@ class SimEngine(Engine):
             async with asyncio.TaskGroup() as pulls:
                 await self._step_for_ever(sink, pulls)
         except Exception as error:
-            log.exception("engine died")
             sink.failed(error)
 
     async def _step_for_ever(self, sink: EngineSink, pulls: asyncio.TaskGroup) -> None:

@@ -360,8 +360,7 @@ class VllmEngine(Engine):
                 if self._settings.leg is Leg.DECODE:
                     group.create_task(self._watch_pulls(vllm), name="vllm pulls")
         except* Exception as errors:
-            log.exception("vllm engine failed")
-            self._sink.failed(errors.exceptions[0])
+            self._sink.failed(errors)
 
     async def _watch_life(self, vllm: Vllm) -> None:
         await asyncio.wait({vllm.run(self._on_outputs)})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,18 @@ from libs.engine.sim.settings import SimSettings
 from libs.worker import serve
 from services.prefill_worker import main
 from services.prefill_worker.config import PrefillWorkerSettings
+
+# The decode worker as it is, but for its engine.
+WORKER_WITH_A_DYING_ENGINE = """
+import runpy
+from libs.engine.sim.engine import SimEngine
+
+async def step(*arguments):
+    raise RuntimeError("out of smoke")
+
+SimEngine._step_for_ever = step
+runpy.run_module("services.decode_worker", run_name="__main__")
+"""
 
 
 class LoadingEngine(SimEngine):
@@ -54,3 +69,27 @@ async def test_a_prefill_worker_can_not_embed(tmp_path: Path) -> None:
     settings = PrefillWorkerSettings(engine="sim", model=tmp_path, task="embed")
     with pytest.raises(ConfigError, match="--task embed is for decode workers"):
         await main.serve(settings, asyncio.Event())
+
+
+def test_a_dead_engine_ends_the_process_with_one_traceback_and_what_happens_next(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    nowhere = ("--etcd-url", "http://127.0.0.1:1", "--nats-url", "nats://127.0.0.1:1")
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-c", WORKER_WITH_A_DYING_ENGINE, "--name", "decode-7", *nowhere),
+            *("--engine", "sim", "--model", str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    [traceback] = [line for line in lines if "exception" in line]
+    [last] = [line for line in lines if line["event"] == "service failed"]
+    assert (traceback["event"], traceback["service"]) == ("engine died", "decode-7")
+    assert "out of smoke" in traceback["exception"]
+    assert "start it again" in last["error"]
+    assert ended.returncode == 1
