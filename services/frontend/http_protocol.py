@@ -7,27 +7,65 @@ API's own shape of errors.
 from __future__ import annotations
 
 import asyncio
+import math
 from http import HTTPStatus
 from typing import Any
 
+from starlette.types import ASGIApp
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from libs.common import logs
 from services.frontend.openai.errors import ApiError
 from services.frontend.openai.exchange import CONNECTION
 from services.frontend.watch import Connection
+
+log = logs.get(__name__)
+
+TELL_SECONDS = 30.0
+"""How often refusals are logged: whoever scans ports makes thousands of them."""
 
 _MALFORMED = ApiError(
     HTTPStatus.BAD_REQUEST, "The request is not valid HTTP/1.1", code="invalid_http"
 )
 
 
-class HttpConfig(Config):
-    """uvicorn's, and the limits."""
+class _Refusals:
+    """Logs one of a server's refusals every so often, and how many there were."""
 
-    max_header_bytes: int
-    header_timeout_seconds: float
+    def __init__(self) -> None:
+        self._untold = 0
+        self._told_at_seconds = -math.inf
+
+    def add(self, peer: str, error: ApiError, now_seconds: float) -> None:
+        self._untold += 1
+        if now_seconds - self._told_at_seconds >= TELL_SECONDS:
+            log.warning(
+                "not taken for http",
+                peer=peer,
+                code=error.code,
+                error=error.message,
+                refused=self._untold,
+            )
+            self._told_at_seconds, self._untold = now_seconds, 0
+
+
+class HttpConfig(Config):
+    """uvicorn's, the limits, and the refusals of all connections."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_header_bytes: int,
+        header_timeout_seconds: float,
+        **further: Any,
+    ) -> None:
+        super().__init__(app, **further)
+        self.max_header_bytes = max_header_bytes
+        self.header_timeout_seconds = header_timeout_seconds
+        self.refusals = _Refusals()
 
 
 class _HeadTooLarge(Exception):
@@ -178,6 +216,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         self._stop_head_timer()
+        peer = ":".join(map(str, self.client or ()))
+        self.config.refusals.add(peer, error, self.loop.time())
         # Never into the middle of another answer on the same connection.
         if self.cycle is None or self.cycle.response_complete:
             status = HTTPStatus(error.status)

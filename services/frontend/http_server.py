@@ -55,14 +55,14 @@ async def serving_http(app: ASGIApp, settings: FrontendSettings) -> AsyncIterato
         lifespan="off",
         access_log=False,
         log_config=None,
-        log_level="warning",
+        log_level="error",  # Its warnings are of single connections, and name no peer.
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_seconds=settings.header_timeout_seconds,
     )
-    config.max_header_bytes = settings.max_header_bytes
-    config.header_timeout_seconds = settings.header_timeout_seconds
     server = HttpServer(config)
     server.port = listener.getsockname()[1]
     task = asyncio.create_task(server.serve(sockets=[listener]))

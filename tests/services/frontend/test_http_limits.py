@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.fixtures.eventually import until
 from tests.services.frontend.byte_model import NAME
@@ -50,6 +51,12 @@ class Connection:
     def is_closed(self) -> bool:
         """The server has closed, or cut off."""
         return self._reader.at_eof() or self._reader.exception() is not None
+
+    @property
+    def address(self) -> str:
+        """The client's host:port."""
+        host, port = self._writer.get_extra_info("sockname")
+        return f"{host}:{port}"
 
     def close(self) -> None:
         self._writer.close()
@@ -94,6 +101,22 @@ async def test_what_is_not_http_is_refused_in_the_usual_shape(tmp_path: Path, da
         status, code = await refusal(started, data)
         assert (status, code) == (400, "invalid_http")
         assert (await started.client.get("/live")).status_code == 200
+
+
+async def test_who_speaks_no_http_is_logged_by_address_and_floods_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with frontend(tmp_path) as started:
+        first = await Connection.to(started)
+        with capture_logs() as logged:
+            first.send(b"HELO there\r\n\r\n")
+            await first.answer()
+            for _ in range(20):
+                await refusal(started, b"HELO again\r\n\r\n")
+        first.close()
+    [line] = [line for line in logged if line["event"] == "not taken for http"]
+    assert (line["peer"], line["code"]) == (first.address, "invalid_http")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
