@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -19,7 +19,7 @@ from services.frontend.openai.own_routes import (
     stored_routes,
     token_routes,
 )
-from services.frontend.openai.page import TITLE, openapi_page
+from services.frontend.openai.page import PAGE_ASSETS, TITLE, openapi_page
 from services.frontend.openai.shortcut import Shortcut
 from services.frontend.openai.stored_responses import StoredResponses
 from services.frontend.pipeline import Pipeline
@@ -32,7 +32,9 @@ def create_app(pipeline: Pipeline, store: ResponseStore | None = None) -> ASGIAp
     bodies = BodyReader(pipeline.settings)
     endpoints = EngineEndpoints(pipeline, bodies, kept).by_path()
 
-    app = FastAPI(title=TITLE, redoc_url=None, redirect_slashes=False)
+    app = FastAPIOffline(
+        title=TITLE, redoc_url=None, redirect_slashes=False, static_url=PAGE_ASSETS
+    )
     app.openapi = partial(openapi_page, keeps_responses=store is not None)  # type: ignore[method-assign]
     # For what is not a POST, which the shortcut takes.
     app.router.routes += [

@@ -11,6 +11,7 @@ from services.frontend.access import Access
 from services.frontend.anthropic.errors import error_response
 from services.frontend.openai.errors import api_error_of
 from services.frontend.openai.exchange import exchange_of
+from services.frontend.openai.page import PAGE_ASSETS
 
 _OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/openapi.json", "/docs"})
 """What probes and readers of the documentation ask for. It tells nothing about anyone's use."""
@@ -24,7 +25,7 @@ class AccessGate:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in _OPEN_PATHS:
+        if not _is_open(scope["path"]):
             try:
                 exchange = exchange_of(scope)
                 exchange.caller = self._access.caller(_authorization(exchange.headers))
@@ -33,6 +34,10 @@ class AccessGate:
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(f"{PAGE_ASSETS}/")
 
 
 def _authorization(headers: Mapping[bytes, bytes]) -> str:

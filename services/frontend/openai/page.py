@@ -13,6 +13,9 @@ from services.frontend.openai.stored_responses import DEFAULT_PAGE_ITEMS, MAX_PA
 
 TITLE = "Switchgear"
 
+PAGE_ASSETS = "/docs/assets"
+"""Where the page for people has its script and style: browsers need not reach anything else."""
+
 _ERRORS = {
     400: "A field is missing, unknown, malformed or out of range; or the context is too small.",
     401: "An API key is asked for, and none or an unknown one was sent.",

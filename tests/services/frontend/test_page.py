@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ async def test_the_page_has_every_endpoint_and_no_loose_end(tmp_path: Path) -> N
     text = json.dumps(page)
     named = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert named <= set(page["components"]["schemas"])
+
+
+async def test_the_page_for_people_needs_nothing_from_elsewhere_and_no_key(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text("{}")
+    async with frontend(tmp_path, api_keys=str(keys)) as started:
+        page = await started.client.get("/docs")
+        wanted = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert [url for url in wanted if not url.startswith("/")] == []
+        answers = [await started.client.get(url) for url in wanted]
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert any(b"SwaggerUIBundle" in answer.content for answer in answers)
 
 
 def test_where_responses_are_kept_the_page_says_so() -> None:
