@@ -33,7 +33,7 @@ _CODES: dict[type[SwitchgearError], str] = {
     # OpenAI has the same code for a model that does not exist and one that is not for this key.
     ModelNotAllowed: "model_not_found",
     ModelNotFound: "model_not_found",
-    NoLiveInstance: "model_not_ready",
+    NoLiveInstance: "no_live_instance",
     Overloaded: "rate_limit_exceeded",
     RequestsLimited: "rate_limit_exceeded",
     ResponsesUnavailable: "responses_unavailable",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -10,13 +9,14 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from libs.common.errors import NoLiveInstance
 from services.frontend.access import Caller
 from services.frontend.anthropic import body as messages_body
 from services.frontend.anthropic.body import PromptBody
 from services.frontend.anthropic.messages import count_tokens
 from services.frontend.core.model_table import KnownModel
 from services.frontend.openai.body import BodyReader
-from services.frontend.openai.errors import ApiError
+from services.frontend.openai.errors import api_error_of
 from services.frontend.openai.exchange import exchange_of
 from services.frontend.openai.schema import checked
 from services.frontend.openai.stored_responses import StoredResponses
@@ -116,12 +116,8 @@ def health_routes(pipeline: Pipeline) -> APIRouter:
     @routes.get("/ready")
     async def ready() -> Response:
         if problem := pipeline.problem():
-            raise ApiError(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                problem,
-                code="not_ready",
-                headers={"retry-after": "1"},
-            )
+            # Not the error itself, which would be logged for each probe.
+            raise api_error_of(NoLiveInstance(problem))
         if not pipeline.access.is_open:
             return _json({"status": "ok"})
         return _json({"status": "ok", "models": [m.name for m in pipeline.models.served()]})

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from libs.common.errors import InternalError, NoLiveInstance, Overloaded, SwitchgearError
 from switchgear.discovery.v1.discovery_pb2 import ROLE_PREFILL_WORKER
 from tests.fixtures.eventually import until
-from tests.services.frontend.byte_model import CONTEXT_TOKENS, card
+from tests.services.frontend.byte_model import CONTEXT_TOKENS, NAME, card
 from tests.services.frontend.fake_router import Call, fake_router, never_answers, says
 from tests.services.frontend.frontends import WORKER_ID, Frontend, frontend
 
@@ -321,11 +321,22 @@ async def test_a_model_that_is_not_ready_is_unavailable_and_says_why(tmp_path: P
         assert "lacks a decode worker" in error["message"]
 
 
+async def test_what_is_not_ready_has_one_code_on_every_path(tmp_path: Path) -> None:
+    async with frontend(tmp_path, cards=[card(WORKER_ID, ROLE_PREFILL_WORKER)]) as started:
+        chat, health = await started.chat(), await started.client.get("/health")
+        with pytest.raises(NoLiveInstance) as over_grpc:
+            started.models.get(NAME)
+        assert {error_of(response)["code"] for response in (chat, health)} == {
+            over_grpc.value.reason.lower()
+        }
+        assert health.headers["retry-after"] == chat.headers["retry-after"]
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "code", "retry_after"),
     [
         (Overloaded("full", retry_after_seconds=2.5), 429, "rate_limit_exceeded", "3"),
-        (NoLiveInstance("nobody"), 503, "model_not_ready", "1"),
+        (NoLiveInstance("nobody"), 503, "no_live_instance", "1"),
         (InternalError("secret"), 500, None, None),
     ],
 )
