@@ -17,6 +17,17 @@ if [ "$found" != 3.11 ]; then
     exit 1
 fi
 
+# Without a terminal pip is silent while it downloads and unpacks.
+if ! [ -t 1 ]; then
+    began=$(date +%s)
+    (
+        while sleep "${PROGRESS_SECONDS:-15}" > /dev/null 2>&1 && kill -0 $$ 2> /dev/null; do
+            echo "still making $directory ($(($(date +%s) - began)) s)"
+        done
+    ) &
+    trap "kill $!" EXIT
+fi
+
 echo "making $directory from $lock ($(grep -c '==' "$lock") packages)"
 "$python" -m venv --clear "$directory"
 pip() { "$directory/bin/python" -m pip --disable-pip-version-check "$@"; }

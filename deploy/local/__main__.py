@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,7 @@ from deploy.local import (
     etcd_accounts,
     explaining,
     live_config,
+    progress,
     topology,
 )
 from deploy.local.ask_router import RouterAt
@@ -173,7 +174,8 @@ def logs(
 @app.command()
 def restart(service: str, run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
     """Start one process again, dead or alive, exactly as it was started."""
-    process = LocalCluster(run_dir).restart(service, max(_READY_TIMEOUT_SECONDS.values()))
+    with progress.told(_print_whole, lambda: f"waiting for {service}"):
+        process = LocalCluster(run_dir).restart(service, max(_READY_TIMEOUT_SECONDS.values()))
     console.print(f"{process.name} runs as {process.pid}")
 
 
@@ -354,7 +356,11 @@ def _stop_requests() -> threading.Event:
 def _show_start(
     cluster: LocalCluster, timeout_seconds: float, stop_requested: threading.Event
 ) -> None:
-    """Waits until everything is ready, with one line for each process."""
+    """Waits until everything is ready, with one line for each process.
+
+    Without a terminal nothing can be repainted: each process has its line when it is ready, and
+    those that are not have one together every so often.
+    """
     started_at = time.monotonic()
     ready_after: dict[str, float] = {}
     names = [process.name for process in cluster.processes()]
@@ -378,10 +384,16 @@ def _show_start(
         if console.is_terminal:
             live.update(table(), refresh=True)
 
-    # Without a terminal nothing can be repainted: each process has one line, when it is ready.
+    def still_starting() -> str:
+        return f"waiting for {', '.join(name for name in names if name not in ready_after)}"
+
     live = Live(console=console, auto_refresh=False)
-    with live if console.is_terminal else nullcontext():
+    with live if console.is_terminal else progress.told(_print_whole, still_starting):
         cluster.wait_ready(timeout_seconds, report)
+
+
+def _print_whole(line: str) -> None:
+    console.print(line, soft_wrap=True)
 
 
 def _show_usage(deployment: Deployment, cluster: LocalCluster) -> None:
@@ -407,6 +419,8 @@ def _show_usage(deployment: Deployment, cluster: LocalCluster) -> None:
         if process.name.startswith("frontend-"):
             port = process.spec.ports["grpc"]
             console.print(f"{process.name} serves gRPC at {topology.HOST}:{port}", soft_wrap=True)
+    if deployment.envoy:
+        console.print(f"envoy-0 serves gRPC, too, at {topology.HOST}:{deployment.http_port}")
     console.print(f"logs: {cluster.run_dir}/*.log   make status | logs | restart | down")
 
 

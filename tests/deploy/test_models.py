@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from deploy.local import default_model
+from deploy.local import default_model, progress
 from deploy.local.gguf_conversion import GgufModel, halves_from_pairs
 from deploy.local.tiny_model import write_tiny_model
 
@@ -172,6 +173,23 @@ def test_the_default_model_is_made_once(downloads: list[Path]) -> None:
     second = default_model.model_folder(ignore)
     assert (first == second, len(downloads)) == (True, 1)
     assert (first / "model.safetensors").is_file()
+
+
+def test_a_long_download_is_spoken_of_again_and_again(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Queue[str]()
+
+    def download(scratch: Path) -> Path:
+        lines = [said.get(timeout=20) for _ in range(3)]
+        assert lines[0].startswith("downloading")
+        assert all(line.startswith("still downloading") for line in lines[1:])
+        return gguf
+
+    monkeypatch.setattr(default_model, "_download", download)
+    monkeypatch.setattr(progress, "PERIOD_SECONDS", 0.01)
+    monkeypatch.setenv("SWITCHGEAR_CACHE", str(tmp_path / "cache"))
+    assert default_model.tokenizer_folder(said.put).is_dir()
 
 
 def test_an_unfinished_folder_is_made_anew(downloads: list[Path]) -> None:
