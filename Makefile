@@ -47,6 +47,9 @@ TRACE ?=
 # Of `make bench`: further arguments, such as --rounds 5.
 BENCH_ARGS ?=
 
+# A switch is off when it is empty or 0.
+on = $(filter-out 0,$(1))
+
 launcher := .venv/bin/python -m deploy.local
 
 export PYTHON CXX
@@ -58,12 +61,13 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/build/proto
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings of make up, with their defaults:"
-	@echo "  ENGINE=vllm|sim  MODEL=folder  DTYPE=bfloat16  HTTP_PORT=8000  DETACH=1 (return when ready)"
+	@echo "  ENGINE=vllm (or sim)  MODEL=folder (SmolLM2-135M-Instruct without)  DTYPE=bfloat16  HTTP_PORT=8000"
 	@echo "  PREFILL=1 (0: decode workers compute prompts)  DECODE=1  FRONTENDS=1  ROUTERS=1  INDEXERS=1"
 	@echo "  EMBED=0 (workers that embed, beside the others)  EMBED_MODEL=folder (the same model without)"
-	@echo "  ENVOY=1 (Envoy at HTTP_PORT, in front of all)"
-	@echo "  TLS=1 (certificates for all services, etcd and NATS, and passwords for the latter two)"
 	@echo "  KV_CACHE_BYTES=0 (512 MiB on a CPU, a share of a GPU)  MAX_MODEL_LEN=0 (the model's own)"
+	@echo "and those that are off by default:"
+	@echo "  DETACH=1 (return when ready)  ENVOY=1 (Envoy at HTTP_PORT, in front of all)"
+	@echo "  TLS=1 (certificates for all services, etcd and NATS, and passwords for the latter two)"
 	@echo "  SIM_STEP_MS=6 (ENGINE=sim: every decode step takes that long, prompts take no time)"
 
 env: $(env_stamp) $(index_stamp) ## make .venv: services, simulator, tests and tools (no torch)
@@ -125,8 +129,8 @@ up: $(env_stamp) $(index_stamp) $(proto_stamp) $(if $(filter sim,$(ENGINE)),,$(v
 	    --prefill $(PREFILL) --decode $(DECODE) --embed $(EMBED) --embed-model "$(EMBED_MODEL)" \
 	    --frontends $(FRONTENDS) --routers $(ROUTERS) \
 	    --indexers $(INDEXERS) --http-port $(HTTP_PORT) --kv-cache-bytes $(KV_CACHE_BYTES) \
-	    --max-model-len $(MAX_MODEL_LEN) $(if $(ENVOY),--envoy) $(if $(TLS),--tls) \
-	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(DETACH),--detach)
+	    --max-model-len $(MAX_MODEL_LEN) $(if $(call on,$(ENVOY)),--envoy) $(if $(call on,$(TLS)),--tls) \
+	    $(if $(SIM_STEP_MS),--sim-step-ms $(SIM_STEP_MS)) $(if $(call on,$(DETACH)),--detach)
 
 down: ## stop everything
 	@$(launcher) down
@@ -135,10 +139,10 @@ status: ## show every process: pid, address, ports, health
 	@$(launcher) status
 
 logs: ## show logs (SERVICE=router-0 for one, FOLLOW=1 to go on)
-	@$(launcher) logs $(if $(FOLLOW),--follow) $(SERVICE)
+	@$(launcher) logs $(if $(call on,$(FOLLOW)),--follow) $(SERVICE)
 
 restart: ## start one process again (SERVICE=router-0)
-	@$(launcher) restart $(SERVICE)
+	@$(launcher) restart $(or $(SERVICE),$(error name a process: make restart SERVICE=router-0))
 
 client: $(proto_stamp) ## build the Python client's wheel into build/dist
 	@scripts/client.sh
