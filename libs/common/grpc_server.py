@@ -178,6 +178,8 @@ def _try_to_listen(host: str, port: int) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+        except socket.gaierror:
+            return  # Of names grpc may know more.
         except OSError as error:
             raise CannotListen("grpc_port", host, port, error) from error
 

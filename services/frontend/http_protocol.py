@@ -42,7 +42,7 @@ class _Refusals:
         self._untold += 1
         if now_seconds - self._told_at_seconds >= TELL_SECONDS:
             log.warning(
-                "not taken for http",
+                "request not read",
                 peer=peer,
                 code=error.code,
                 error=error.message,

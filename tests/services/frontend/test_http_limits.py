@@ -114,7 +114,7 @@ async def test_who_speaks_no_http_is_logged_by_address_and_floods_no_log(
             for _ in range(20):
                 await refusal(started, b"HELO again\r\n\r\n")
         first.close()
-    [line] = [line for line in logged if line["event"] == "not taken for http"]
+    [line] = [line for line in logged if line["event"] == "request not read"]
     assert (line["peer"], line["code"]) == (first.address, "invalid_http")
     assert not caplog.records
 
