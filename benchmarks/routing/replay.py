@@ -37,7 +37,7 @@ from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
 from services.kv_indexer.core.index import FastestIndex
 from services.router.core.decision import Candidate, Decision, Policy, Prompt, Request, decide
-from services.router.core.held import LEASE_PART, HeldRequests
+from services.router.core.held import HeldRequests, longest_wait_seconds
 from services.router.core.predicted_overlap import PredictedOverlap
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
@@ -281,10 +281,9 @@ class Replay:
         held = self._router(key).held
         if not held.add(key, arrival.at_seconds, arrival.prompt_tokens, held_tokens):
             return False
+        kv_left = None if routed.kv_session is None else routed.kv_expires_at - now
         longest = self._terms.max_held_seconds
-        if routed.kv_session is not None:
-            longest = min(longest, LEASE_PART * (routed.kv_expires_at - now))
-        routed.held_until = now + longest
+        routed.held_until = now + longest_wait_seconds(longest, kv_left_seconds=kv_left)
         self._at(routed.held_until, lambda now: self._hold_no_longer(key, now))
         return True
 

@@ -93,7 +93,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 request_iterator,
                 context,
                 command=relay.command,
-                take=relay.take,
+                take=relay.outbox.take,
                 news=news,
                 closing=self.closing,
             )
@@ -114,7 +114,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             while True:
                 await news.wait()
                 news.clear()
-                if (message := relay.take()) is None:
+                if (message := relay.outbox.take()) is None:
                     continue
                 if message.routed:
                     routed = message.routed[-1]

@@ -16,8 +16,11 @@ from services.router.core.workers import InstanceId
 MAX_REQUESTS = 1_024
 """Held at once. More are sent to wait at a worker, which has its own bound."""
 
+DEADLINE_PART = 1 / 2
+"""Of the time until a request's deadline: what may pass before it is sent."""
+
 LEASE_PART = 1 / 2
-"""Of the time that a prefill worker keeps a prompt's KV: what may pass before it is sent."""
+"""Likewise of the time that a prefill worker keeps a prompt's KV."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -30,6 +33,20 @@ class _Entry(NamedTuple, Generic[Key]):
     held_tokens: Mapping[InstanceId, int]
     least_tokens: int
     """That any worker has to find room for."""
+
+
+def longest_wait_seconds(
+    longest_seconds: float, left_seconds: float | None = None, kv_left_seconds: float | None = None
+) -> float:
+    """How long a request may be held; not at all if not above 0. `left_seconds`: until its
+    deadline. `kv_left_seconds`: until its KV is dropped, if a prefill worker has computed its
+    prompt."""
+    seconds = longest_seconds
+    if left_seconds is not None:
+        seconds = min(seconds, left_seconds * DEADLINE_PART)
+    if kv_left_seconds is not None:
+        seconds = min(seconds, kv_left_seconds * LEASE_PART)
+    return seconds
 
 
 class HeldRequests(Generic[Key]):

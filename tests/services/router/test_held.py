@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from itertools import chain, repeat
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.core.held import HeldRequests
+from services.router.core.held import HeldRequests, longest_wait_seconds
 from services.router.core.workers import InstanceId
 
 keys = st.integers(0, 9)
@@ -63,3 +64,13 @@ def test_without_any_worker_all_that_are_still_held_are_told(
             held.remove(other)
     first = min(added, default=0)
     assert found == sorted(key for key in added if key == first or key not in removed)
+
+
+@pytest.mark.parametrize(
+    ("left_seconds", "kv_left_seconds", "expected"),
+    [(None, None, 20), (100.0, None, 20), (10.0, None, 5), (10.0, 4.0, 2), (-1.0, None, -0.5)],
+)
+def test_a_request_is_held_for_half_of_the_time_that_its_deadline_and_its_kv_leave(
+    left_seconds: float | None, kv_left_seconds: float | None, expected: float
+) -> None:
+    assert longest_wait_seconds(20.0, left_seconds, kv_left_seconds) == expected

@@ -16,7 +16,7 @@ from libs.common.errors import NoLiveInstance
 from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
-from services.router import fleet, relay
+from services.router import fleet, outbox
 from services.router.core.workers import Load
 from services.router.decider import Decider
 from switchgear.common.v1 import generation_pb2, outputs_pb2, routing_pb2
@@ -641,7 +641,7 @@ async def test_model_files_arrive_whole(stand: Stand) -> None:
 async def test_outputs_that_are_too_large_for_one_message_come_in_several(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, limit_bytes: int, is_cut: bool
 ) -> None:
-    monkeypatch.setattr(relay, "MAX_OUTPUTS_BYTES", limit_bytes)
+    monkeypatch.setattr(outbox, "MAX_OUTPUTS_BYTES", limit_bytes)
     for name in ("a", "b", "c"):
         await stand.add(DECODE, name, SimSettings(timing="fixed", step_ms=1))
     # With one message on its way what several workers send has to wait.
