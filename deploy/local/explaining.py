@@ -28,6 +28,13 @@ _WHY_WON = {
     router_pb2.PICK_PINNED: "pinned by the request",
     router_pb2.PICK_ROOM: "cheapest with room",
 }
+_HELD_UNTIL = {
+    router_pb2.HOLD_OUTCOME_LASTS: "and it still is",
+    router_pb2.HOLD_OUTCOME_SENT: "until there was room",
+    router_pb2.HOLD_OUTCOME_EXPIRED: "as long as may be, then sent to wait at a worker",
+    router_pb2.HOLD_OUTCOME_CANCELLED: "until it was cancelled",
+    router_pb2.HOLD_OUTCOME_FAILED: "until it failed",
+}
 _TERMS: Mapping[str, Callable[[router_pb2.Candidate], int]] = {
     "blocks held": lambda it: it.overlap_blocks,
     "in host memory": lambda it: it.host_blocks,
@@ -78,6 +85,8 @@ def shown(router: str, explanation: router_pb2.Explanation) -> RenderableType:
     if not said.are_overlaps_known:
         facts.add_row("overlaps", "not known: no KV indexer answered")
     facts.add_row("computed", _why_there(said))
+    for hold in said.holds:
+        facts.add_row("held", _how_held(hold))
     parts: list[RenderableType] = [title, Padding(facts, (0, 0, 0, 1))]
     if said.HasField("whole"):
         parts.append(_leg("as if served whole", said.whole))
@@ -94,6 +103,16 @@ def _why_there(said: router_pb2.Explanation) -> str:
     return (
         f"{reason} ({said.uncached_tokens} uncached, limit {said.min_remote_prefill_tokens}; "
         f"{said.local_overlap:.0%} held, limit {said.max_local_overlap:.0%})"
+    )
+
+
+def _how_held(hold: router_pb2.Hold) -> str:
+    computed = ", its prompt computed" if hold.is_prompt_computed else ""
+    seconds = hold.duration.ToNanoseconds() / 1e9
+    return (
+        f"{seconds:.3f} s for room at a decode worker{computed},"
+        f" {_HELD_UNTIL.get(hold.outcome, '?')}; {hold.nearest_worker.name} was nearest to it and"
+        f" lacked {hold.lacking_tokens} tokens"
     )
 
 

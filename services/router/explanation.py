@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
+from libs.common.grpc_errors import duration_of
 from services.router.core.decision import Candidate, Handover, Pick
 from services.router.core.decision_log import Record
+from services.router.core.hold import Hold, HoldEnd
 from services.router.core.policies import Weights
-from services.router.core.workers import InstanceId
+from services.router.core.workers import InstanceId, Worker
 from switchgear.router.v1 import router_pb2
 
 _HANDOVERS = {
@@ -30,10 +32,17 @@ _PICKS = {
     Pick.PINNED: router_pb2.PICK_PINNED,
     Pick.ROOM: router_pb2.PICK_ROOM,
 }
+_OUTCOMES = {
+    None: router_pb2.HOLD_OUTCOME_LASTS,
+    HoldEnd.SENT: router_pb2.HOLD_OUTCOME_SENT,
+    HoldEnd.EXPIRED: router_pb2.HOLD_OUTCOME_EXPIRED,
+    HoldEnd.CANCELLED: router_pb2.HOLD_OUTCOME_CANCELLED,
+    HoldEnd.FAILED: router_pb2.HOLD_OUTCOME_FAILED,
+}
 
 
-def explanation_of(record: Record) -> router_pb2.Explanation:
-    """All that is known of a decision."""
+def explanation_of(record: Record, now: float) -> router_pb2.Explanation:
+    """All that is known of a decision. `now` is of the clock of its holds."""
     decision, policy = record.decision, record.policy
     message = router_pb2.Explanation(
         request_id=record.request_id,
@@ -53,6 +62,7 @@ def explanation_of(record: Record) -> router_pb2.Explanation:
         ),
     )
     message.decided_at.FromNanoseconds(int(record.decided_at * 1e9))
+    message.holds.extend(_hold(hold, now) for hold in record.holds)
     if decision.handover is not Handover.COMPUTED:
         message.uncached_tokens = decision.whole.new_prefill_tokens
         held_tokens = record.predicted_cached_tokens(decision.whole)
@@ -85,17 +95,26 @@ def explanation_of(record: Record) -> router_pb2.Explanation:
     return message
 
 
-def worker_ref(candidate: Candidate) -> router_pb2.WorkerRef:
-    """A candidate's worker, for people and for exclusion."""
-    worker = candidate.worker
+def worker_ref(worker: Worker) -> router_pb2.WorkerRef:
+    """A worker, for people and for exclusion."""
     return router_pb2.WorkerRef(instance_id=worker.instance_id, name=worker.name)
+
+
+def _hold(hold: Hold, now: float) -> router_pb2.Hold:
+    return router_pb2.Hold(
+        duration=duration_of(hold.seconds(now)),
+        outcome=_OUTCOMES[hold.end],
+        nearest_worker=worker_ref(hold.nearest),
+        lacking_tokens=hold.lacking_tokens,
+        is_prompt_computed=hold.is_prompt_computed,
+    )
 
 
 def _leg(
     record: Record, winner: Candidate, candidates: Sequence[Candidate], pick: Pick, policy: str
 ) -> router_pb2.LegExplanation:
     return router_pb2.LegExplanation(
-        worker=worker_ref(winner),
+        worker=worker_ref(winner.worker),
         policy=policy,
         pick=_PICKS[pick],
         temperature=record.policy.temperature,
@@ -107,7 +126,7 @@ def _leg(
 
 def _candidate(candidate: Candidate, session_worker: InstanceId | None) -> router_pb2.Candidate:
     return router_pb2.Candidate(
-        worker=worker_ref(candidate),
+        worker=worker_ref(candidate.worker),
         is_of_session=candidate.worker.instance_id == session_worker,
         **{name: getattr(candidate, name) for name in _TERMS},
     )

@@ -23,9 +23,10 @@ from libs.common.errors import (
 )
 from services.router import metrics
 from services.router.config import RouterSettings
-from services.router.core.decision import Candidate, Prompt
+from services.router.core.decision import Candidate, Decision, Prompt
 from services.router.core.decision_log import Record
 from services.router.core.held import longest_wait_seconds
+from services.router.core.hold import HoldEnd
 from services.router.core.request_stage import Remedy, Stage, prefill_seconds, remedy
 from services.router.core.workers import Booking, InstanceId, Role, Worker
 from services.router.decider import Decider, Found
@@ -172,24 +173,32 @@ class Relay:
         finally:
             if request.stage is Stage.HELD:
                 # It would be tried for ever.
-                self._enter(request, Stage.ENDED)
+                self._decider.waiting_room.leave(request.place, HoldEnd.FAILED)
 
     def _proceed(self, request: RelayedRequest, *, may_hold: bool = True) -> None:
         """Decides and sends the request on its next leg, or holds it while no decode worker has
         room for it."""
-        is_computed = request.computed is not None
+        is_held, is_computed = request.stage is Stage.HELD, request.computed is not None
         record = self._decide(request, Prompt.COMPUTED if is_computed else Prompt.OPEN)
         if record is None:
             self._trace_decision(request, None)
             self._fail(request, self._decider.nobody(request.routing.model, request.wishes))
-        elif may_hold and not record.decision.has_room and self._hold(request, record):
             return
-        elif is_computed:
-            self._trace_decision(request, record)
+        has_room = record.decision.has_room
+        if may_hold and not has_room and (is_held or self._hold(request, record)):
+            return
+        if is_held:
+            self._release(request, HoldEnd.SENT if has_room else HoldEnd.EXPIRED)
+        self._trace_decision(request, record)
+        if is_computed:
             request.record.hand_over(record)
             self._send_to_decode(request, record.decision.decode)
+            return
+        if is_held:
+            request.record.decide_again(record)
         else:
-            self._begin(request, record)
+            self._keep(request, record)
+        self._begin(request, record.decision)
 
     def _decide(self, request: RelayedRequest, prompt: Prompt) -> Record | None:
         computed = request.computed
@@ -212,37 +221,45 @@ class Relay:
         self._decider.keep(record)
 
     def _hold(self, request: RelayedRequest, record: Record) -> bool:
-        """Whether it is to wait here."""
-        if request.stage is Stage.HELD:
-            return True
+        """Whether it waits here from now on."""
         now = self._loop.time()
+        is_computed = request.computed is not None
         seconds = longest_wait_seconds(
             self._settings.max_held_seconds,
             request.seconds_left(now),
             None if request.computed is None else request.computed.expires_at - now,
         )
-        retry = partial(self._go_on, request)
-        if seconds <= 0 or not self._decider.waiting_room.add(retry, record, request.arrived_at):
+        if seconds <= 0:
             return False
-        request.retry = retry
+        place = self._decider.waiting_room.take_in(
+            partial(self._go_on, request),
+            record,
+            request.arrived_at,
+            is_prompt_computed=is_computed,
+        )
+        if place is None:
+            return False
+        request.place = place
         expire = partial(self._go_on, request, may_hold=False)
-        self._enter(request, Stage.HELD, self._loop.call_later(seconds, expire))
+        request.enter(Stage.HELD, self._loop.call_later(seconds, expire))
+        if request.trace is not None:
+            request.trace.held(record, place.hold)
+        if not is_computed:
+            # Whoever asks meanwhile hears of it.
+            self._keep(request, record)
+        request.record.holds += (place.hold,)
         return True
 
-    def _enter(
-        self, request: RelayedRequest, stage: Stage, timer: asyncio.TimerHandle | None = None
-    ) -> None:
-        if request.stage is Stage.HELD:
-            self._decider.waiting_room.remove(request.retry, request.routing.model)
-        request.enter(stage, timer)
+    def _release(self, request: RelayedRequest, end: HoldEnd) -> None:
+        """It waits here no longer."""
+        self._decider.waiting_room.leave(request.place, end)
+        if request.trace is not None:
+            request.trace.held_no_longer(end)
 
     # To the workers.
 
-    def _begin(self, request: RelayedRequest, record: Record) -> None:
+    def _begin(self, request: RelayedRequest, decision: Decision) -> None:
         """Sends the request on its first leg."""
-        self._trace_decision(request, record)
-        self._keep(request, record)
-        decision = record.decision
         metrics.PROMPT_TOKENS.inc(request.routing.prompt_tokens)
         computing = decision.prefill or decision.decode
         metrics.OVERLAP_TOKENS.inc(computing.overlap_blocks * computing.worker.block_size_tokens)
@@ -258,13 +275,13 @@ class Relay:
         seconds = prefill_seconds(self._settings.prefill_timeout_seconds, request.seconds_left(now))
         give_up = partial(self._prefill_failed, request, chosen.worker, "timeout")
         request.sent_at = now
-        self._enter(request, Stage.PREFILLING, self._loop.call_later(seconds, give_up))
+        request.enter(Stage.PREFILLING, self._loop.call_later(seconds, give_up))
         chosen.worker.book(chosen.booking)
         self._send(request, chosen.worker, worker_pb2.LEG_PREFILL, chosen.booking)
 
     def _send_to_decode(self, request: RelayedRequest, chosen: Candidate) -> None:
         computed = request.computed
-        self._enter(request, Stage.SENT)
+        request.enter(Stage.SENT)
         chosen.worker.book(chosen.booking)
         self.outbox.add_routed(request.handle, chosen.worker, computed)
         (metrics.WHOLE if computed is None else metrics.DISAGGREGATED).inc()
@@ -366,7 +383,7 @@ class Relay:
         request = self._on(link, start.handle)
         if request is None or request.stage is Stage.PREFILLING:
             return
-        self._enter(request, Stage.DECODING)
+        request.enter(Stage.DECODING)
         record = request.record
         record.decode_cached_tokens = start.cached_tokens
         record.transferred_tokens = start.transferred_tokens
@@ -471,16 +488,18 @@ class Relay:
 
     def _end(self, request: RelayedRequest, error: str = "", *, is_cancelled: bool = False) -> None:
         self._requests.pop(request.handle, None)
+        if request.stage is Stage.HELD:
+            self._release(request, HoldEnd.CANCELLED if is_cancelled else HoldEnd.FAILED)
+            if request.computed is not None:
+                # Nobody pulls the KV that waits for it.
+                keeper = self._links.get(request.computed.worker.instance_id)
+                if keeper is not None:
+                    keeper.cancel(request.handle)
         if request.trace is not None:
             request.trace.end(error, is_cancelled=is_cancelled)
             request.trace = None
         self._leave(request)
-        if request.stage is Stage.HELD and request.computed is not None:
-            # Nobody pulls the KV that waits for it.
-            keeper = self._links.get(request.computed.worker.instance_id)
-            if keeper is not None:
-                keeper.cancel(request.handle)
-        self._enter(request, Stage.ENDED)
+        request.enter(Stage.ENDED)
 
     # Tasks.
 

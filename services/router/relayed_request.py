@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import NamedTuple
 
 from libs.common import grpc_errors
@@ -13,6 +12,7 @@ from services.router.core.request_stage import FOLLOWING, Stage
 from services.router.core.workers import InstanceId, Worker
 from services.router.decider import Found
 from services.router.routing_options import Wishes
+from services.router.waiting_room import Place
 from services.router.worker_link import Handle, WorkerLink
 from switchgear.common.v1 import generation_pb2
 from switchgear.router.v1 import router_pb2
@@ -41,8 +41,8 @@ class RelayedRequest:
         "generation",
         "handle",
         "link",
+        "place",
         "record",
-        "retry",
         "routing",
         "sent_at",
         "stage",
@@ -74,9 +74,9 @@ class RelayedRequest:
         """Set at the end of ASKING, with `wishes`."""
         self.wishes: Wishes
         self.record: Record
-        """Of the decision that was carried out last; set from PREFILLING or SENT on."""
-        self.retry: Callable[[], None]
-        """As what it is in the waiting room; set in HELD."""
+        """Of the decision that is carried out; set from HELD, PREFILLING or SENT on."""
+        self.place: Place
+        """Its place in the waiting room; set in HELD."""
         self.sent_at: float
         """When a prefill worker got its prompt; set in PREFILLING."""
 

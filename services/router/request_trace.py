@@ -1,4 +1,4 @@
-"""The router's spans of one request that is traced: the route, its decisions, its legs."""
+"""The router's spans of one request that is traced: the route, its decisions, waits and legs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from libs.common import tracing
 from libs.common.tracing import Kind, Span, Value
 from services.router.core.decision_log import Record
+from services.router.core.hold import Hold, HoldEnd
 from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2
 
@@ -18,7 +19,7 @@ _LEGS = {
 
 
 class RequestTrace:
-    """One request's. What others do for it, the indexers' answer and each leg, is over before the
+    """One request's. What it waits for, the indexers' answer, room and each leg, is over before the
     next thing begins."""
 
     __slots__ = ("_call", "_call_facts", "_routing", "_since_ns", "_span")
@@ -29,7 +30,7 @@ class RequestTrace:
         self._since_ns = span.began_at_ns
         """When the last thing was over: what comes now has taken the time since."""
         self._call: Span | None = None
-        """What others are doing just now."""
+        """What it waits for just now."""
         self._call_facts: dict[str, Value] = {}
 
     def overlaps_asked(self) -> str:
@@ -54,11 +55,26 @@ class RequestTrace:
             facts["switchgear.decode_worker"] = decision.decode.worker.name
             if decision.prefill is not None:
                 facts["switchgear.prefill_worker"] = decision.prefill.worker.name
+            facts["switchgear.has_room"] = decision.has_room
             facts["switchgear.candidates"] = record.candidates
             facts["switchgear.predicted_cached_tokens"] = record.predicted_cached_tokens(computing)
         now_ns = time.time_ns()
         self._span.child("decide", began_at_ns=self._since_ns).end(facts, ended_at_ns=now_ns)
         self._since_ns = now_ns
+
+    def held(self, record: Record, hold: Hold) -> None:
+        """A decision was made that nobody has room for: the request waits for it."""
+        self.decided(record)
+        self._call = self._span.child("held", began_at_ns=self._since_ns)
+        self._call_facts = {
+            "switchgear.nearest_worker": hold.nearest.name,
+            "switchgear.lacking_tokens": hold.lacking_tokens,
+        }
+
+    def held_no_longer(self, end: HoldEnd) -> None:
+        """It is decided on again, or over."""
+        self._call_facts["switchgear.hold_outcome"] = end.value
+        self._call_ended()
 
     def leg_begins(self, leg: worker_pb2.Leg.ValueType, worker: str) -> str:
         """Gives the traceparent for the worker."""
@@ -77,7 +93,7 @@ class RequestTrace:
             self._call = None
 
     def end(self, error: str = "", *, is_cancelled: bool = False) -> None:
-        """The request is over, and with it what others do for it. Being cancelled is no error: the
+        """The request is over, and with it what it waits for. Being cancelled is no error: the
         frontend does so when it finds a stop string, too."""
         self._call_ended(error)
         self._span.end(

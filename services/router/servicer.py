@@ -184,18 +184,21 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if record is None:
             raise self._decider.nobody(routing.model, wishes)
         decision = record.decision
+        prefill = decision.prefill
         return router_pb2.SelectWorkerResponse(
-            prefill_worker=worker_ref(decision.prefill) if decision.prefill is not None else None,
-            decode_worker=worker_ref(decision.decode),
-            explanation=explanation_of(record),
+            prefill_worker=None if prefill is None else worker_ref(prefill.worker),
+            decode_worker=worker_ref(decision.decode.worker),
+            explanation=explanation_of(record, asyncio.get_running_loop().time()),
         )
 
     async def ExplainDecision(
         self, request: router_pb2.ExplainDecisionRequest, context: Context
     ) -> router_pb2.ExplainDecisionResponse:
         """The last decisions, as they were made."""
+        now = asyncio.get_running_loop().time()
+        found = self._log.find(request.request_id, request.limit)
         return router_pb2.ExplainDecisionResponse(
-            explanations=map(explanation_of, self._log.find(request.request_id, request.limit)),
+            explanations=[explanation_of(record, now) for record in found],
             degradations=[
                 router_pb2.Degradation(reason=reason, source=source)
                 for source, reason in self._degraded

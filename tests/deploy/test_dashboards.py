@@ -25,7 +25,10 @@ _RANGE = re.compile(r"\[[^\]]*\]")
 _GROUPING = re.compile(r"\b(?:by|without)\s*\(([^)]*)\)")
 _MATCHERS = re.compile(r"\{([^}]*)\}")
 _WORD = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
-_FUNCTIONS = {"histogram_quantile", "sum", "rate", "increase", "max", "min"}
+_WORDS = {"histogram_quantile", "sum", "rate", "increase", "max", "min", "vector", "or"}
+"""Of PromQL."""
+_SERIES = re.compile("_(?:bucket|count)$")
+"""How the series of a histogram are told from its name."""
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,8 +38,8 @@ def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
 def metrics_of(expression: str) -> set[str]:
     """The metrics in a PromQL expression, histograms by the names that they are documented by."""
     bare = _MATCHERS.sub("", _GROUPING.sub("", _RANGE.sub("", _STRING.sub("", expression))))
-    words = set(_WORD.findall(bare)) - _FUNCTIONS
-    return {word.removesuffix("_bucket") for word in words}
+    words = set(_WORD.findall(bare)) - _WORDS
+    return {_SERIES.sub("", word) for word in words}
 
 
 def labels_of(expression: str) -> set[str]:
@@ -108,7 +111,7 @@ def test_every_alert_is_of_metrics_and_labels_that_exist_and_has_its_place_in_th
 
 def test_the_runbook_names_metrics_that_exist() -> None:
     text = (REPOSITORY / "docs" / "runbook.md").read_text()
-    named = {name.removesuffix("_bucket") for name in re.findall(r"switchgear_[a-z_]+", text)}
+    named = {_SERIES.sub("", name) for name in re.findall(r"switchgear_[a-z_]+", text)}
     assert named - {"switchgear_"} <= documented_metrics().keys()
 
 

@@ -199,9 +199,19 @@ class Candidates(Sequence[Candidate]):
     def has_room(self, position: int) -> bool:
         """Whether the KV would fit there now, beside all that the worker holds and that waits there
         for room. Nobody has more room than an idle worker."""
+        return self._lacking_tokens(position) <= 0 or not self.workers[position].requests
+
+    def nearest_to_room(self) -> tuple[Worker, int]:
+        """Of workers without room the one that lacks the least, and how many tokens of KV that is,
+        as of now."""
+        lacking = list(map(self._lacking_tokens, range(len(self.workers))))
+        least = min(lacking)
+        return self.workers[lacking.index(least)], least
+
+    def _lacking_tokens(self, position: int) -> int:
         worker = self.workers[position]
         ahead = self.decode_tokens[position] + worker.load.queued_prefill_tokens
-        return ahead <= worker.kv_room_tokens or not worker.requests
+        return ahead - worker.kv_room_tokens
 
     def held_tokens(self) -> dict[InstanceId, int]:
         """What of the prompt's KV each worker holds; those that hold none are left out."""

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from services.router.core.decision import Candidate, Decision, Policy
+from services.router.core.hold import Hold
 from services.router.core.workers import InstanceId
 
 MAX_CANDIDATES = 100_000
@@ -37,10 +38,17 @@ class Record:
     """Likewise of the decode worker's."""
     transferred_tokens: int | None = None
     """Prompt tokens that the decode worker pulled; None until it said so."""
+    holds: tuple[Hold, ...] = ()
+    """When the request was held back before the decision was carried out, or its decode leg."""
 
     def predicted_cached_tokens(self, candidate: Candidate) -> int:
         """Prompt tokens that a candidate was thought to hold. The last one is always computed."""
         return min(candidate.held_tokens, self.prompt_tokens - 1)
+
+    def decide_again(self, later: Record) -> None:
+        """The request has been held since this decision, and that one is carried out."""
+        self.session_worker = later.session_worker
+        self.decision = later.decision
 
     def hand_over(self, later: Record) -> None:
         """A prefill worker has computed the prompt, and this was decided on its decode leg then."""

@@ -199,10 +199,14 @@ class Session:
     async def open(self) -> None:
         await self.call.write(router_pb2.SessionRequest(window_responses=self._window))
 
-    async def submit(self, handle: int, prompt: list[int], max_tokens: int) -> None:
-        await self.submit_all({handle: prompt}, max_tokens)
+    async def submit(
+        self, handle: int, prompt: list[int], max_tokens: int, traceparent: str = ""
+    ) -> None:
+        await self.submit_all({handle: prompt}, max_tokens, traceparent)
 
-    async def submit_all(self, prompts: Mapping[int, list[int]], max_tokens: int) -> None:
+    async def submit_all(
+        self, prompts: Mapping[int, list[int]], max_tokens: int, traceparent: str = ""
+    ) -> None:
         """Prompts by handle, in one message."""
         await self.call.write(
             router_pb2.SessionRequest(
@@ -216,6 +220,7 @@ class Session:
                             prompt_tokens=len(prompt),
                             block_size_tokens=16,
                             sequence_hashes=hashing.sequence_hashes(prompt, 16),
+                            traceparent=traceparent,
                         ),
                     )
                     for handle, prompt in prompts.items()

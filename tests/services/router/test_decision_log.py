@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import given
@@ -7,12 +8,15 @@ from hypothesis import strategies as st
 
 from services.router.core.decision import Policy, Request, decide
 from services.router.core.decision_log import DecisionLog, Record
+from services.router.core.workers import Worker
 from tests.services.router.test_decision import worker
 
 
-def record(request_id: str, workers: int = 1) -> Record:
+def record(request_id: str, workers: int = 1, among: Sequence[Worker] = ()) -> Record:
+    """Of a decision among so many workers, or among these."""
     request = Request(model="m", prompt_tokens=10, block_size_tokens=10)
-    decision = decide(request, [worker(n) for n in range(workers)], {}, Policy(), Random(0))
+    among = among or [worker(number) for number in range(workers)]
+    decision = decide(request, among, {}, Policy(), Random(0))
     assert decision is not None
     return Record(
         request_id=request_id,

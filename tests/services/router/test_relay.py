@@ -9,14 +9,15 @@ from typing import Any
 import grpc
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
-from libs.common import grpc_errors, hashing
+from libs.common import grpc_errors, hashing, tracing
 from libs.common.discovery import new_instance_id
 from libs.common.errors import NoLiveInstance
 from libs.common.grpc_errors import from_rpc_error
 from libs.common.grpc_server import serving
 from libs.engine.sim.settings import SimSettings
-from services.router import fleet, outbox
+from services.router import fleet, outbox, waiting_room
 from services.router.core.workers import Load
 from services.router.decider import Decider
 from switchgear.common.v1 import generation_pb2, outputs_pb2, routing_pb2
@@ -24,6 +25,7 @@ from switchgear.discovery.v1 import discovery_pb2
 from switchgear.router.v1 import router_pb2
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fixtures.eventually import until
+from tests.fixtures.spans import KeptSpans
 from tests.fixtures.workers import FILES, MODEL, SimWorker
 from tests.services.router.standing import (
     DECODE,
@@ -38,6 +40,7 @@ from tests.services.router.standing import (
 
 SLOW = SimSettings(timing="fixed", step_ms=20)
 HELD_SECONDS = 0.2
+SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture
@@ -205,13 +208,14 @@ SMALL = SimSettings(timing="fixed", step_ms=5, kv_cache_tokens=1024)
 LARGE_PROMPT = list(range(640))
 
 
-async def _beside_a_large_request(stand: Stand) -> Session:
-    """A session with request 1 in progress at the small worker `d`, and 2 held back."""
+async def _beside_a_large_request(stand: Stand, traceparent: str = "") -> Session:
+    """A session with request 1 in progress at the small worker `d`, and 2 held back, which is
+    traced if it has a traceparent."""
     session = Session(stand)
     await session.open()
     await session.submit(1, LARGE_PROMPT, 300)
     await session.read_until(lambda: bool(session.tokens.get(1)))
-    await session.submit(2, [5] * 640, 3)
+    await session.submit(2, [5] * 640, 3, traceparent)
     await until(lambda: _held() == 1)
     return session
 
@@ -234,6 +238,98 @@ async def test_a_request_without_room_is_held_and_overtaken_by_one_that_fits(sta
     session.call.cancel()
 
 
+async def test_a_spell_in_which_requests_are_held_is_told_with_how_many_and_for_how_long(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_room, "REST_SECONDS", 0.0)
+    await stand.add(DECODE, "d", SMALL)
+    with capture_logs() as logs:
+        session = await _beside_a_large_request(stand)
+        await session.submit(3, [6] * 640, 3)
+        await session.read_until(lambda: {2, 3} <= session.finished.keys())
+        await until(lambda: any(line["event"] == "room again" for line in logs))
+    begin, over = (line for line in logs if "room" in line["event"])
+    assert begin["event"] == "no room at any worker"
+    assert (begin["request_id"], begin["workers"], begin["nearest_worker"]) == ("r2", 1, "d")
+    assert over["outcomes"] == {"sent": 2}
+    assert 0 < over["longest_seconds"] <= over["lasted_seconds"]
+    session.call.cancel()
+
+
+async def _holds_of(stand: Stand, request_id: str) -> list[router_pb2.Hold]:
+    """Of the last decision on a request."""
+    request = router_pb2.ExplainDecisionRequest(request_id=request_id, limit=1)
+    [said] = (await stand.stub.ExplainDecision(request)).explanations
+    return list(said.holds)
+
+
+async def test_an_explanation_says_how_long_a_request_was_held_who_was_nearest_and_what_came_of_it(
+    stand: Stand,
+) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    assert await _holds_of(stand, "r1") == []
+    [lasting] = await _holds_of(stand, "r2")
+    assert lasting.outcome == router_pb2.HOLD_OUTCOME_LASTS
+    assert lasting.nearest_worker.name == "d"
+    # Of 1,024 tokens 640 and those that came since are taken; 640 more do not fit.
+    assert 0 < lasting.lacking_tokens - (640 + 640 - 1024) < 300
+    assert not lasting.is_prompt_computed
+    await session.read_until(lambda: 2 in session.finished)
+    [hold] = await _holds_of(stand, "r2")
+    assert hold.outcome == router_pb2.HOLD_OUTCOME_SENT
+    assert hold.duration.ToNanoseconds() > lasting.duration.ToNanoseconds() > 0
+    session.call.cancel()
+
+
+async def test_a_request_that_is_held_with_its_prompt_computed_has_one_explanation(
+    stand: Stand,
+) -> None:
+    await stand.add(PREFILL, "p")
+    await stand.add(DECODE, "d", SMALL)
+    session = await _beside_a_large_request(stand)
+    await session.read_until(lambda: 2 in session.finished)
+    request = router_pb2.ExplainDecisionRequest(request_id="r2")
+    [said] = (await stand.stub.ExplainDecision(request)).explanations
+    assert said.prefill.worker.name == "p"
+    assert said.decode.transferred_tokens > 600
+    assert [(hold.is_prompt_computed, hold.outcome) for hold in said.holds] == [
+        (True, router_pb2.HOLD_OUTCOME_SENT)
+    ]
+    session.call.cancel()
+
+
+async def test_the_wait_for_room_is_a_span_between_two_decisions(stand: Stand) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    with tracing.giving_to(spans := KeptSpans()):
+        session = await _beside_a_large_request(stand, SAMPLED)
+        await session.read_until(lambda: 2 in session.finished)
+        await until(lambda: any(span.name == "route" for span, *_ in spans.ended))
+    router = [each for each in spans.ended if each[0].name in ("route", "decide", "held")]
+    assert [span.name for span, *_ in router] == ["decide", "held", "decide", "route"]
+    before, held, after, (route, *_) = router
+    assert {span.parent_id for span, *_ in (before, held, after)} == {route.span_id}
+    # One follows the other without a gap.
+    assert (before[1], held[1]) == (held[0].began_at_ns, after[0].began_at_ns)
+    assert held[1] > held[0].began_at_ns
+    assert [each[2]["switchgear.has_room"] for each in (before, after)] == [False, True]
+    assert held[2]["switchgear.hold_outcome"] == "sent"
+    assert held[2]["switchgear.nearest_worker"] == "d"
+    session.call.cancel()
+
+
+async def test_the_span_of_a_held_request_that_is_cancelled_ends_with_it(stand: Stand) -> None:
+    await stand.add(DECODE, "d", SMALL)
+    with tracing.giving_to(spans := KeptSpans()):
+        session = await _beside_a_large_request(stand, SAMPLED)
+        await session.cancel(2)
+        await until(lambda: any(span.name == "route" for span, *_ in spans.ended))
+    held, route = spans.ended[-2:]
+    assert (held[0].name, held[2]["switchgear.hold_outcome"]) == ("held", "cancelled")
+    assert (route[0].name, route[2]["switchgear.is_cancelled"]) == ("route", True)
+    session.call.cancel()
+
+
 async def test_a_held_request_that_is_cancelled_or_whose_frontend_leaves_is_forgotten(
     stand: Stand,
 ) -> None:
@@ -241,6 +337,8 @@ async def test_a_held_request_that_is_cancelled_or_whose_frontend_leaves_is_forg
     session = await _beside_a_large_request(stand)
     await session.cancel(2)
     await until(lambda: _held() == 0)
+    [hold] = await _holds_of(stand, "r2")
+    assert hold.outcome == router_pb2.HOLD_OUTCOME_CANCELLED
     await session.submit(3, [6] * 640, 3)
     await until(lambda: _held() == 1)
     session.call.cancel()
@@ -258,6 +356,8 @@ async def test_what_is_held_when_the_last_decode_worker_leaves_fails_at_once() -
         await session.read_until(lambda: {1, 2, 3} <= session.failures.keys())
         reasons = [session.failures[handle].error.reason for handle in (1, 2, 3)]
         assert reasons == ["WORKER_LOST", "NO_LIVE_INSTANCE", "NO_LIVE_INSTANCE"]
+        [hold] = await _holds_of(stand, "r3")
+        assert hold.outcome == router_pb2.HOLD_OUTCOME_FAILED
         assert _held() == 0
         session.call.cancel()
 
@@ -331,6 +431,9 @@ async def test_who_is_held_for_long_waits_at_a_worker() -> None:
         session = await _beside_a_large_request(stand)
         await until(lambda: worker.engine.load().waiting_requests == 1)
         assert _held() == 0
+        [hold] = await _holds_of(stand, "r2")
+        assert hold.outcome == router_pb2.HOLD_OUTCOME_EXPIRED
+        assert hold.duration.ToNanoseconds() >= HELD_SECONDS * 1e9
         await session.read_until(lambda: 2 in session.finished)
         session.call.cancel()
 

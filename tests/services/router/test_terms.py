@@ -14,6 +14,7 @@ from rich.console import Console
 from deploy.local.explaining import shown
 from services.router.core.decision import Policy, Request, decide
 from services.router.core.decision_log import Record
+from services.router.core.hold import Hold, HoldEnd
 from services.router.core.policies import POLICIES
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 from services.router.explanation import explanation_of
@@ -108,7 +109,8 @@ def test_the_terms_that_are_shown_times_the_weights_add_up_to_the_cost(
             prompt_tokens=prompt_tokens,
             overlap_blocks=min(overlap_blocks, prompt_tokens // BLOCK_SIZE_TOKENS),
             session_worker=session_worker,
-        )
+        ),
+        0,
     )
     for leg in (said.decode, said.prefill, said.whole):
         for candidate in leg.candidates:
@@ -126,14 +128,14 @@ def test_what_is_remembered_does_not_change_with_the_workers(policy: str) -> Non
     ours, later = (
         recorded(workers, Policy(prefill_policy=policy, decode_policy=policy)) for _ in range(2)
     )
-    said = explanation_of(ours)
+    said = explanation_of(ours, 0)
     for each in workers:
         each.load = Load(9, 9, 9000, 900, 1000)
         each.book(Booking(500, 50))
         each.is_available = False
     # One that is first asked for now says the same as one that was asked for before.
     for leg in ("decode", "prefill", "whole"):
-        now, then = getattr(explanation_of(later), leg), getattr(said, leg)
+        now, then = getattr(explanation_of(later, 0), leg), getattr(said, leg)
         terms = {
             c.worker.name: (c.decode_tokens, c.stalled_tokens, c.overflow_tokens)
             for c in now.candidates
@@ -142,14 +144,34 @@ def test_what_is_remembered_does_not_change_with_the_workers(policy: str) -> Non
             c.worker.name: (c.decode_tokens, c.stalled_tokens, c.overflow_tokens)
             for c in then.candidates
         }
-    assert explanation_of(ours) == said
+    assert explanation_of(ours, 0) == said
 
 
 def test_a_worker_that_is_not_taken_has_an_infinite_cost_and_is_shown_so() -> None:
     policy = Policy(decode_policy="power-of-two", prefill_policy="power-of-two")
-    said = explanation_of(recorded([worker(number) for number in range(3)], policy))
+    said = explanation_of(recorded([worker(number) for number in range(3)], policy), 0)
     assert [math.isinf(c.cost) for c in said.decode.candidates] == [False, False, True]
     console = Console(width=200, record=True, file=StringIO())
     console.print(shown("router-0", said))
     *_, last = console.export_text().split()
     assert last == "never"
+
+
+def test_how_long_a_request_was_held_is_shown_with_who_was_nearest_and_what_came_of_it() -> None:
+    policy = Policy(decode_policy="kv", prefill_policy="kv")
+    record = recorded([worker(0)], policy)
+    holds = [
+        Hold(began_at=1.0, nearest=worker(0), lacking_tokens=512, is_prompt_computed=is_computed)
+        for is_computed in (False, True)
+    ]
+    holds[0].ended(3.5, HoldEnd.SENT)
+    record.holds = tuple(holds)
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(shown("router-0", explanation_of(record, now=8.0)))
+    lines = [line.split() for line in console.export_text().splitlines() if "  held  " in line]
+    assert [" ".join(line) for line in lines] == [
+        "held 2.500 s for room at a decode worker, until there was room;"
+        " w0 was nearest to it and lacked 512 tokens",
+        "held 7.000 s for room at a decode worker, its prompt computed, and it still is;"
+        " w0 was nearest to it and lacked 512 tokens",
+    ]
