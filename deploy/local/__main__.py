@@ -204,7 +204,8 @@ def explain(
     for router, explanation in found.decisions:
         _print_trimmed(explaining.shown(router, explanation))
     for router, degradation in found.degradations:
-        console.print(f"[yellow]{router} is degraded:[/] {degradation.source} {degradation.reason}")
+        lack = explaining.lack_in_words(degradation)
+        console.print(f"[yellow]{router} is degraded:[/] {lack}", soft_wrap=True)
 
 
 def _print_trimmed(part: RenderableType) -> None:

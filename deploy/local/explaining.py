@@ -96,6 +96,14 @@ def shown(router: str, explanation: router_pb2.Explanation) -> RenderableType:
     return Group(*parts, Text())
 
 
+def lack_in_words(said: router_pb2.Degradation) -> str:
+    """What routing lacks, and of whom."""
+    at = f" at {said.address}" if said.address else ""
+    of = f" of {', '.join(said.workers)}" if said.workers else ""
+    details = f" ({said.details})" if said.details else ""
+    return f"{said.source}{at}: {said.reason}{of}{details}"
+
+
 def _why_there(said: router_pb2.Explanation) -> str:
     reason = _WHY_THERE.get(said.handover, "?")
     if said.handover in (router_pb2.HANDOVER_LOCAL, router_pb2.HANDOVER_COMPUTED):

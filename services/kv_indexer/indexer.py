@@ -58,6 +58,8 @@ class _Followed:
     degraded_reason: str = ""
     degraded_at: float = 0.0
     """Of `time.monotonic`: since when it has been degraded, if it is."""
+    told_reason: str = ""
+    """That the log says it is degraded for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,10 @@ class Indexer:
             if workers.get(instance) != followed.worker
         ]
         for instance in gone:
-            del self._followed[instance]
+            left = self._followed.pop(instance)
             self._degraded = None
             self.index.remove(instance)
-            log.info("worker left", instance=f"{instance:016x}")
+            log.info("worker left", **left.worker.log_fields)
         if gone:
             for followed in self._followed.values():
                 followed.follower.room_was_made()
@@ -121,7 +123,7 @@ class Indexer:
                     heard_on=self._connection,
                 )
                 self._followed[instance] = followed
-                log.info("worker discovered", instance=f"{instance:016x}", model=worker.model)
+                log.info("worker discovered", **worker.log_fields, model=worker.model)
                 self._changed(followed)
 
     def take(self, message: kv_events_pb2.KvEventBatch) -> None:
@@ -286,6 +288,7 @@ class Indexer:
                     now - followed.heard_at > self.silent_after_seconds
                 ):
                     self._note_degraded(followed, SILENT)
+                _tell(followed, now)
             statuses = list(self.statuses())
             metrics.blocks.set(self.index.blocks)
             metrics.workers.set(len(statuses))
@@ -306,6 +309,21 @@ class Indexer:
             await asyncio.sleep(REPORT_SECONDS)
 
 
+def _tell(followed: _Followed, now: float) -> None:
+    """Logs that a worker has been degraded for longer than it takes to follow it again, and when
+    that is over."""
+    lasts = now - followed.degraded_at >= REPORT_SECONDS
+    reason = followed.degraded_reason if lasts else ""
+    if reason == followed.told_reason:
+        return
+    if reason:
+        log.warning("worker is degraded", **followed.worker.log_fields, reason=reason)
+    else:
+        before = followed.told_reason
+        log.info("worker is degraded no longer", **followed.worker.log_fields, reason=before)
+    followed.told_reason = reason
+
+
 @contextmanager
 def _counted(
     kind: str, reason: RecoveryReason, worker: Worker, trace: Span | None
@@ -319,10 +337,10 @@ def _counted(
         yield
     except KvBatchesGone as error:
         outcome, failure = "gone", error.reason
-        log.info("missed batches are gone", instance=f"{worker.instance:016x}", error=str(error))
+        log.info("missed batches are gone", **worker.log_fields, error=str(error))
     except SwitchgearError as error:
         outcome, failure = "failed", error.reason
-        log.warning("no recovery", kind=kind, instance=f"{worker.instance:016x}", error=str(error))
+        log.warning("no recovery", kind=kind, **worker.log_fields, error=str(error))
     else:
         outcome = "taken"
         metrics.recovery_seconds.labels(kind).observe(time.monotonic() - started_at)

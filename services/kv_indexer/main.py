@@ -117,20 +117,24 @@ def live_workers(
     Of several at one address only the youngest: a worker that was killed and started again is
     there before the lease of the one it replaces ends.
     """
-    addresses = {instance.instance_id: instance.address for instance in instances}
+    registered = {instance.instance_id: instance for instance in instances}
     publishing = [
-        card for card in cards if card.publishes_kv_events and card.instance_id in addresses
+        card for card in cards if card.publishes_kv_events and card.instance_id in registered
     ]
     youngest: dict[str, int] = {}
     for card in publishing:
-        address = addresses[card.instance_id]
+        address = registered[card.instance_id].address
         youngest[address] = max(youngest.get(address, 0), card.created_unix_seconds)
     return {
         card.instance_id: Worker(
-            card.instance_id, addresses[card.instance_id], card.model, card.kv_block_size_tokens
+            card.instance_id,
+            registered[card.instance_id].address,
+            card.model,
+            card.kv_block_size_tokens,
+            registered[card.instance_id].name,
         )
         for card in publishing
-        if card.created_unix_seconds == youngest[addresses[card.instance_id]]
+        if card.created_unix_seconds == youngest[registered[card.instance_id].address]
     }
 
 

@@ -106,6 +106,8 @@ class KvIndexerServicer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
                     blocks=status.held_blocks,
                     degraded_reason=status.degraded_reason,
                     missing_batches=status.missing_batches,
+                    name=status.worker.name,
+                    address=status.worker.address,
                 )
                 for status in self._indexer.statuses()
             ]

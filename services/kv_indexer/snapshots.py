@@ -30,6 +30,17 @@ class Worker:
     """host:port of its gRPC services."""
     model: str
     block_size_tokens: int
+    name: str = ""
+    """For people."""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What names it in a log line."""
+        return {
+            "worker": self.name,
+            "address": self.address,
+            "instance": f"{self.instance:016x}",
+        }
 
 
 class _Held:

@@ -192,6 +192,11 @@ class Fleet:
                 for member in list(self.members.values()):
                     await member.was_tried.wait()
 
+    def name_of(self, instance_id: InstanceId) -> str:
+        """A worker's name; its id in hexadecimal while it is not known."""
+        member = self.members.get(instance_id)
+        return f"{instance_id:016x}" if member is None else member.worker.name
+
     def has_events(self, model: str) -> bool:
         """Whether KV events tell what any worker of the model holds."""
         return any(

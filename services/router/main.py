@@ -34,7 +34,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     async with (
         watching_workers(discovery, settings.estimate_ttl_seconds, channels) as fleet,
         asking_indexers(
-            discovery, settings.overlap_timeout_seconds, degraded, channels
+            discovery, settings.overlap_timeout_seconds, degraded, channels, fleet.name_of
         ) as overlaps,
         discovery.watching("config/router/", struct_pb2.Value) as live,
     ):

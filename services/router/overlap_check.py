@@ -8,7 +8,7 @@ from services.router.core.agreement import Agreement, Outcome
 from services.router.core.decision import Candidate
 from services.router.core.decision_log import Record
 from services.router.core.workers import InstanceId, Worker
-from services.router.degraded import Degraded
+from services.router.degraded import Degraded, Lack
 from services.router.fleet import Fleet
 
 CACHED_TOKENS = Counter(
@@ -67,7 +67,8 @@ class OverlapCheck:
         agreement = self._agreements.get(worker.instance_id)
         if agreement is not None and agreement.reason is not None:
             lacking.add(agreement.reason.value)
-        self._degraded.report(worker.name, lacking)
+        lacks = [Lack(reason, worker.name) for reason in sorted(lacking)]
+        self._degraded.report(worker.name, lacks)
 
     def _forget(self, worker: Worker) -> None:
         self._agreements.pop(worker.instance_id, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeAlias, cast
 
@@ -16,7 +16,7 @@ from libs.common.discovery import Discovery, Table
 from libs.common.tasks import background
 from services.router.core.candidates import Overlaps, TieredOverlap
 from services.router.core.workers import InstanceId
-from services.router.degraded import NO_KV_INDEXER, Degraded
+from services.router.degraded import NO_KV_INDEXER, Degraded, Lack
 from services.router.indexer_link import IndexerLink
 from switchgear.discovery.v1 import discovery_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2
@@ -32,8 +32,8 @@ QUERY_SECONDS = Histogram(
 
 MAX_QUERIES_A_CALL = 256
 
-SOURCE = "kv_indexer"
-"""As which it reports what it lacks."""
+TELLER = "kv_indexer"
+"""As which it reports what indexers lack, and who is lacking when there is none."""
 
 _Key: TypeAlias = tuple[str, int]
 """An indexer's address and instance id: one that was started again may be another version."""
@@ -52,8 +52,11 @@ class OverlapClient:
         timeout_seconds: float,
         degraded: Degraded,
         channels: Channels | None = None,
+        worker_name: Callable[[InstanceId], str] = "{:016x}".format,
     ) -> None:
+        """`worker_name`: of those that indexers speak of."""
         self._indexers = indexers
+        self._worker_name = worker_name
         self._opening = channels or Channels()
         self._degraded = degraded
         self._timeout_seconds = timeout_seconds
@@ -64,6 +67,8 @@ class OverlapClient:
         self._links: dict[_Key, IndexerLink] = {}
         self._failed_at: dict[_Key, float] = {}
         """When an indexer last failed to answer, in the event loop's seconds."""
+        self._problems: dict[_Key, str] = {}
+        """What was wrong then."""
 
     async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps | None]:
         """Overlaps of each prompt, in order; None when they can't be known. Takes no longer than a
@@ -98,18 +103,24 @@ class OverlapClient:
         self, queries: Sequence[kv_indexer_pb2.OverlapQuery]
     ) -> Sequence[Overlaps | None]:
         request = kv_indexer_pb2.FindOverlapRequest(queries=queries)
-        listed = {(indexer.address, indexer.instance_id) for indexer in self._indexers.values()}
-        for gone in self._links.keys() - listed:
+        listed = {
+            (indexer.address, indexer.instance_id): indexer.name
+            for indexer in self._indexers.values()
+        }
+        for gone in self._links.keys() - listed.keys():
             await self._links.pop(gone).close()
-        for gone in self._failed_at.keys() - listed:
+        for gone in self._failed_at.keys() - listed.keys():
             del self._failed_at[gone]
+            self._problems.pop(gone, None)
         loop = asyncio.get_running_loop()
-        # One that is stuck takes all the time there is: it comes last next time.
-        ordered = sorted(listed, key=lambda indexer: self._failed_at.get(indexer, 0.0))
+        # One that is stuck takes all the time there is: it comes last next time. The others come in
+        # a set's order, which is another one in each router.
+        ordered = sorted(set(listed), key=lambda indexer: self._failed_at.get(indexer, 0.0))
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 for indexer in ordered:
                     self._failed_at[indexer] = loop.time()
+                    self._problems[indexer] = f"no answer in {self._timeout_seconds} s"
                     address, _ = indexer
                     link = self._links.get(indexer)
                     if link is None:
@@ -119,21 +130,46 @@ class OverlapClient:
                         answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
+                        self._problems[indexer] = error.code().name
                         self._opening.failed(address, "kv_indexer", error)
                         if link.certificate_version != self._opening.version:
                             await self._links.pop(indexer).close()
                     except ValueError as error:
-                        log.warning("indexer answered nonsense", address=address, error=str(error))
-                    else:
-                        del self._failed_at[indexer]
-                        self._degraded.report(
-                            SOURCE, [lacking.reason for lacking in response.degraded_reasons]
+                        log.warning(
+                            "indexer answered nonsense",
+                            indexer=listed[indexer],
+                            address=address,
+                            error=str(error),
                         )
+                        self._problems[indexer] = f"nonsense: {error}"
+                    else:
+                        del self._failed_at[indexer], self._problems[indexer]
+                        reasons = response.degraded_reasons
+                        lacks = [self._lack(it, listed[indexer], address) for it in reasons]
+                        self._degraded.report(TELLER, lacks)
                         return answers
         except TimeoutError:
             log.debug("indexers too slow", timeout_seconds=self._timeout_seconds)
-        self._degraded.report(SOURCE, [NO_KV_INDEXER])
+        self._degraded.report(TELLER, self._nobody(listed))
         return [None] * len(queries)
+
+    def _lack(self, it: kv_indexer_pb2.DegradedReason, indexer: str, address: str) -> Lack:
+        workers = tuple(self._worker_name(InstanceId(instance)) for instance in it.instance_ids)
+        return Lack(it.reason, indexer or address, address, workers)
+
+    def _nobody(self, listed: Mapping[_Key, str]) -> list[Lack]:
+        """None of those that there are has answered."""
+        if not listed:
+            return [Lack(NO_KV_INDEXER, TELLER, details="none is registered")]
+        return [
+            Lack(
+                NO_KV_INDEXER,
+                name or indexer[0],
+                indexer[0],
+                details=self._problems.get(indexer, "not asked in time"),
+            )
+            for indexer, name in sorted(listed.items())
+        ]
 
 
 def query_of(routing: router_pb2.RoutingRequest, traceparent: str) -> kv_indexer_pb2.OverlapQuery:
@@ -181,10 +217,11 @@ async def asking_indexers(
     discovery: Discovery,
     timeout_seconds: float,
     degraded: Degraded,
-    channels: Channels | None = None,
+    channels: Channels,
+    worker_name: Callable[[InstanceId], str],
 ) -> AsyncIterator[OverlapClient]:
     """A client of whatever indexers the namespace has, while the body runs."""
     async with discovery.watching("instances/kv_indexer/", discovery_pb2.Instance) as indexers:
-        client = OverlapClient(indexers, timeout_seconds, degraded, channels)
+        client = OverlapClient(indexers, timeout_seconds, degraded, channels, worker_name)
         async with background(client.run()):
             yield client

@@ -199,10 +199,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         found = self._log.find(request.request_id, request.limit)
         return router_pb2.ExplainDecisionResponse(
             explanations=[explanation_of(record, now) for record in found],
-            degradations=[
-                router_pb2.Degradation(reason=reason, source=source)
-                for source, reason in self._degraded
-            ],
+            degradations=[router_pb2.Degradation(**lack._asdict()) for lack in self._degraded],
         )
 
     async def GetSettings(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nats.aio.client import Client
+from structlog.testing import capture_logs
 
 from libs.common.discovery import Discovery
 from libs.common.errors import WorkerLost
@@ -24,6 +26,7 @@ from libs.common.tasks import background
 from libs.engine.interface import EngineBlocksRemoved, EngineBlocksStored, EngineHash
 from libs.worker import kv_publisher
 from libs.worker.kv_publisher import KvPublisher
+from services.kv_indexer import indexer as indexer_module
 from services.kv_indexer import metrics
 from services.kv_indexer.batches import fetch_batches
 from services.kv_indexer.config import KvIndexerSettings
@@ -403,7 +406,8 @@ async def test_a_worker_may_leave_while_it_is_asked() -> None:
 
 def test_only_live_workers_that_publish_kv_events_are_followed() -> None:
     instances = [
-        discovery_pb2.Instance(instance_id=number, address=f"host:{number}") for number in (1, 2)
+        discovery_pb2.Instance(instance_id=number, address=f"host:{number}", name=f"w{number}")
+        for number in (1, 2)
     ]
     cards = [
         discovery_pb2.ModelCard(
@@ -414,7 +418,9 @@ def test_only_live_workers_that_publish_kv_events_are_followed() -> None:
         )
         for number in (1, 2, 3)
     ]
-    assert live_workers(instances, cards) == {1: Worker(1, "host:1", MODEL, BLOCK_SIZE_TOKENS)}
+    assert live_workers(instances, cards) == {
+        1: Worker(1, "host:1", MODEL, BLOCK_SIZE_TOKENS, "w1")
+    }
 
 
 def test_of_workers_at_one_address_only_the_youngest_is_followed() -> None:
@@ -462,7 +468,7 @@ def indexer_holding(**held: list[int]) -> Indexer:
         recoveries_at_once=1,
     )
     ids = {int(name[1:]): blocks for name, blocks in held.items()}
-    indexer.set_workers({i: Worker(i, "", MODEL, BLOCK_SIZE_TOKENS) for i in ids})
+    indexer.set_workers({i: Worker(i, "", MODEL, BLOCK_SIZE_TOKENS, f"w{i}") for i in ids})
     for instance, blocks in ids.items():
         index.store(instance, blocks)
     return indexer
@@ -518,7 +524,7 @@ async def test_the_status_names_workers_and_why_they_are_degraded() -> None:
     async with stub_of(indexer_holding(w1=[1, 2])) as stub:
         answer = await stub.GetStatus(kv_indexer_pb2.GetStatusRequest(), timeout=5)
     expected = kv_indexer_pb2.WorkerStatus(
-        instance_id=1, model=MODEL, blocks=2, degraded_reason="discovered"
+        instance_id=1, model=MODEL, blocks=2, degraded_reason="discovered", name="w1"
     )
     assert list(answer.workers) == [expected]
 
@@ -563,20 +569,31 @@ def test_after_an_outage_a_worker_is_degraded_until_it_speaks() -> None:
     assert indexer.degraded_reasons() == {}
 
 
-async def test_a_worker_that_fell_silent_is_degraded_until_it_speaks(
-    nats_server: ServerProcess,
+async def test_a_worker_that_fell_silent_is_degraded_until_it_speaks_and_named_in_the_log(
+    nats_server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(indexer_module, "REPORT_SECONDS", 0.01)
     async with (
         fake_worker(1, nats_server.url) as worker,
         indexer_on(nats_server.url) as (indexer, _),
     ):
         await until(indexer.events_connection)
         indexer.silent_after_seconds = 0.01
-        indexer.set_workers({1: worker.as_discovered})
-        await until(lambda: indexer.degraded_reasons() == {"silent": [1]})
-        indexer.silent_after_seconds = 60
-        async with background(worker.publisher.run()):
-            await until(lambda: indexer.degraded_reasons() == {})
+        with capture_logs() as lines:
+            indexer.set_workers({1: replace(worker.as_discovered, name="w1")})
+            await until(lambda: indexer.degraded_reasons() == {"silent": [1]})
+            await until(lambda: "worker is degraded" in events(lines))
+            indexer.silent_after_seconds = 60
+            async with background(worker.publisher.run()):
+                await until(lambda: indexer.degraded_reasons() == {})
+                await until(lambda: "worker is degraded no longer" in events(lines))
+    told = [line for line in lines if "degraded" in line["event"]]
+    assert [(line["worker"], line["reason"]) for line in told] == [("w1", "silent")] * 2
+    assert {line["address"] for line in told} == {worker.as_discovered.address}
+
+
+def events(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [line["event"] for line in lines]
 
 
 async def test_the_service_follows_workers_from_registration_to_lost_lease(

@@ -38,6 +38,8 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
+        self.lacking: dict[str, list[int]] = {}
+        """Workers by the reason why it may have their blocks wrong."""
         self.queries = 0
 
     async def FindOverlap(
@@ -48,7 +50,11 @@ class FakeIndexer(kv_indexer_pb2_grpc.KvIndexerServiceServicer):
             overlaps=[
                 kv_indexer_pb2.Overlap(instance_ids=self.blocks, blocks=self.blocks.values())
                 for _ in request.queries
-            ]
+            ],
+            degraded_reasons=[
+                kv_indexer_pb2.DegradedReason(reason=reason, instance_ids=instances)
+                for reason, instances in self.lacking.items()
+            ],
         )
 
     async def Session(
@@ -133,9 +139,11 @@ async def standing(**settings: object) -> AsyncIterator[Stand]:
             {("1",): discovery_pb2.Instance(address=f"127.0.0.1:{indexer.port}", name="i")}
         )
         degraded = Degraded()
-        overlaps = OverlapClient(indexers, timeout_seconds=5, degraded=degraded)
-        await stack.enter_async_context(background(overlaps.run()))
         stand.fleet = Fleet(stand.instances, stand.cards)
+        overlaps = OverlapClient(
+            indexers, timeout_seconds=5, degraded=degraded, worker_name=stand.fleet.name_of
+        )
+        await stack.enter_async_context(background(overlaps.run()))
         stack.push_async_callback(stand.fleet.close)
         start = RouterSettings.model_validate({"drain_seconds": 0, **settings})
         servicer = RouterServicer(

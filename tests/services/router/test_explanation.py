@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.protobuf import struct_pb2
 
+from deploy.local.explaining import lack_in_words
 from libs.common import hashing
 from libs.engine.sim.settings import SimSettings
 from switchgear.common.v1 import routing_pb2
@@ -141,6 +142,8 @@ async def test_a_lasting_disagreement_with_the_engines_is_told(stand: Stand) -> 
     response = await stand.stub.ExplainDecision(router_pb2.ExplainDecisionRequest(limit=1))
     told = [(it.source, it.reason) for it in response.degradations]
     assert told == [("d", "removed_events_missing")]
+    [lack] = response.degradations
+    assert lack_in_words(lack) == "d: removed_events_missing"
     await worker.die()
     stand.unlist("d")
     await until(lambda: not stand.fleet.members)
@@ -233,3 +236,19 @@ async def test_workers_without_events_need_no_indexer(stand: Stand) -> None:
     stand.indexer.blocks = {1: 1}
     await asyncio.gather(*(generate(stand, LONG_PROMPT, 1) for _ in range(3)))
     assert stand.indexer.queries == 0
+
+
+async def test_what_an_indexer_lacks_is_told_with_its_name_and_those_of_its_workers(
+    stand: Stand,
+) -> None:
+    worker = await stand.add(DECODE, "d")
+    unknown = 0xABC
+    stand.indexer.lacking = {"gap": [worker.instance.instance_id, unknown]}
+    await generate(stand, LONG_PROMPT)
+    request = router_pb2.ExplainDecisionRequest(limit=1)
+    [lack] = (await stand.stub.ExplainDecision(request)).degradations
+    assert (lack.source, list(lack.workers)) == ("i", ["d", f"{unknown:016x}"])
+    assert lack_in_words(lack) == f"i at {lack.address}: gap of d, {unknown:016x}"
+    stand.indexer.lacking = {}
+    await generate(stand, LONG_PROMPT)
+    assert not (await stand.stub.ExplainDecision(request)).degradations

@@ -96,10 +96,17 @@ async def asking(
                 serving("127.0.0.1", 0, indexer.add_to, [], grace_seconds=0)
             )
             address = f"127.0.0.1:{server.port}"
-            listed[(address,)] = discovery_pb2.Instance(address=address)
+            listed[(address,)] = discovery_pb2.Instance(
+                address=address, name=f"indexer-{len(listed)}"
+            )
         table: Table[discovery_pb2.Instance] = Table()
         table.replace(listed)
-        client = OverlapClient(table, timeout_seconds=1, degraded=degraded or Degraded())
+        client = OverlapClient(
+            table,
+            timeout_seconds=1,
+            degraded=degraded or Degraded(),
+            worker_name="worker-{}".format,
+        )
         await stack.enter_async_context(background(client.run()))
         yield client
 
@@ -178,24 +185,70 @@ async def test_without_an_indexer_each_change_is_told_once() -> None:
             for _ in range(3):
                 assert await client.find([QUERY]) == [None]
             assert gauge() == 1
-            assert list(degraded) == [("kv_indexer", "no_kv_indexer")]
+            [lack] = degraded
+            assert (lack.reason, lack.source, lack.workers) == ("no_kv_indexer", "indexer-0", ())
+            assert "nonsense" in lack.details
             indexer.babble = None
             for _ in range(3):
                 assert await client.find([QUERY]) == [{HOLDER: 1}]
             assert gauge() == 0
-    changes = [line["event"] for line in lines if "degraded" in line["event"]]
-    assert changes == ["routing is degraded", "routing is degraded no longer"]
+    begin, over = (line for line in lines if "degraded" in line["event"])
+    assert begin["event"] == "routing is degraded"
+    assert (begin["source"], begin["address"]) == (lack.source, lack.address)
+    assert over["event"] == "routing is degraded no longer"
+    assert (over["reason"], over["source"]) == ("no_kv_indexer", "indexer-0")
+
+
+async def test_it_is_told_that_no_indexer_is_registered() -> None:
+    degraded = Degraded()
+    async with asking(degraded=degraded) as client, asyncio.timeout(10):
+        assert await client.find([QUERY]) == [None]
+    [lack] = degraded
+    assert (lack.source, lack.address, lack.details) == ("kv_indexer", "", "none is registered")
+
+
+async def test_each_indexer_that_does_not_answer_is_named_and_why() -> None:
+    stuck, silly, degraded = Indexer(), Indexer(), Degraded()  # type: ignore[abstract]
+    stuck.is_stuck = True
+    silly.babble = kv_indexer_pb2.FindOverlapResponse()
+    async with asking(stuck, silly, degraded=degraded) as client, asyncio.timeout(10):
+        # Whoever comes first in a question, each has been asked after two.
+        with capture_logs() as lines:
+            for _ in range(2):
+                assert await client.find([QUERY]) == [None]
+        assert {lack.source: lack.details for lack in degraded} == {
+            "indexer-0": "no answer in 1 s",
+            "indexer-1": "nonsense: 0 overlaps for 1 queries",
+        }
+    told = [line["source"] for line in lines if line["event"] == "routing is degraded"]
+    assert sorted(told) == ["indexer-0", "indexer-1"]
 
 
 async def test_what_an_indexer_says_that_it_lacks_is_told() -> None:
     indexer, degraded = Indexer(), Degraded()  # type: ignore[abstract]
     async with asking(indexer, degraded=degraded) as client, asyncio.timeout(10):
-        indexer.babble = kv_indexer_pb2.FindOverlapResponse(
-            overlaps=[kv_indexer_pb2.Overlap(instance_ids=[HOLDER], blocks=[1])],
-            degraded_reasons=[kv_indexer_pb2.DegradedReason(reason="gap", instance_ids=[HOLDER])],
-        )
-        assert await client.find([QUERY]) == [{HOLDER: 1}]
-        assert list(degraded) == [("kv_indexer", "gap")]
+        with capture_logs() as lines:
+            for workers in ([HOLDER], [HOLDER], [HOLDER, 8], [8], []):
+                indexer.babble = kv_indexer_pb2.FindOverlapResponse(
+                    overlaps=[kv_indexer_pb2.Overlap(instance_ids=[HOLDER], blocks=[1])],
+                    degraded_reasons=[
+                        kv_indexer_pb2.DegradedReason(reason="gap", instance_ids=workers)
+                    ]
+                    if workers
+                    else [],
+                )
+                assert await client.find([QUERY]) == [{HOLDER: 1}]
+                assert [(lack.reason, lack.source, lack.workers) for lack in degraded] == (
+                    [("gap", "indexer-0", tuple(f"worker-{number}" for number in workers))]
+                    if workers
+                    else []
+                )
+    # One when it begins, one with who else it is about, and one when it is over.
+    assert [(line["event"], line.get("workers")) for line in lines] == [
+        ("routing is degraded", ("worker-7",)),
+        ("routing is degraded", ("worker-7", "worker-8")),
+        ("routing is degraded no longer", None),
+    ]
 
 
 async def test_an_indexer_is_asked_again_and_again_in_one_session() -> None:
