@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,3 +156,18 @@ def text_of(event: dict[str, Any]) -> str:
     """The text that a chunk of a chat adds."""
     assert "error" not in event, event
     return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+
+def command(deployment: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m deploy.local`, as typed in a shell."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "deploy.local", *arguments),
+            *("--run-dir", str(deployment.cluster.run_dir)),
+        ],
+        cwd=topology.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,12 +12,11 @@ from random import Random
 
 import pytest
 
-from deploy.local import topology
 from switchgear.common.v1 import generation_pb2
 from switchgear.kv_indexer.v1 import kv_indexer_pb2, kv_indexer_pb2_grpc
 from switchgear.router.v1 import router_pb2, router_pb2_grpc
 from switchgear.worker.v1 import worker_pb2, worker_pb2_grpc
-from tests.e2e.running import LONG_PROMPT, Answer, Running, running
+from tests.e2e.running import LONG_PROMPT, Answer, Running, command, running
 from tests.fixtures.eventually import eventually
 
 PATIENT = ("--overlap-timeout-seconds", "10")
@@ -43,21 +40,6 @@ def deployment(
         decode=3,
     ) as it:
         yield it
-
-
-def command(deployment: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m deploy.local`, as typed in a shell."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "deploy.local", *arguments),
-            *("--run-dir", str(deployment.cluster.run_dir)),
-        ],
-        cwd=topology.REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 async def index_follows(deployment: Running) -> None:
