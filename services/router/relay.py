@@ -181,15 +181,19 @@ class Relay:
         is_held, is_computed = request.stage is Stage.HELD, request.computed is not None
         record = self._decide(request, Prompt.COMPUTED if is_computed else Prompt.OPEN)
         if record is None:
-            self._trace_decision(request, None)
+            end = HoldEnd.FAILED
+        elif record.decision.has_room:
+            end = HoldEnd.SENT
+        elif may_hold and (is_held or self._hold(request, record)):
+            return
+        else:
+            end = HoldEnd.EXPIRED
+        if is_held:
+            self._release(request, end)
+        self._trace_decision(request, record)
+        if record is None:
             self._fail(request, self._decider.nobody(request.routing.model, request.wishes))
             return
-        has_room = record.decision.has_room
-        if may_hold and not has_room and (is_held or self._hold(request, record)):
-            return
-        if is_held:
-            self._release(request, HoldEnd.SENT if has_room else HoldEnd.EXPIRED)
-        self._trace_decision(request, record)
         if is_computed:
             request.record.hand_over(record)
             self._send_to_decode(request, record.decision.decode)
@@ -251,7 +255,7 @@ class Relay:
         return True
 
     def _release(self, request: RelayedRequest, end: HoldEnd) -> None:
-        """It waits here no longer."""
+        """It waits here no longer. Nothing happens if it did not."""
         self._decider.waiting_room.leave(request.place, end)
         if request.trace is not None:
             request.trace.held_no_longer(end)

@@ -72,9 +72,10 @@ class RequestTrace:
         }
 
     def held_no_longer(self, end: HoldEnd) -> None:
-        """It is decided on again, or over."""
-        self._call_facts["switchgear.hold_outcome"] = end.value
-        self._call_ended()
+        """It is decided on again, or over. Nothing happens if it was before."""
+        if self._call is not None:
+            self._call_facts["switchgear.hold_outcome"] = end.value
+            self._call_ended()
 
     def leg_begins(self, leg: worker_pb2.Leg.ValueType, worker: str) -> str:
         """Gives the traceparent for the worker."""

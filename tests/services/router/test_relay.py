@@ -318,6 +318,22 @@ async def test_the_wait_for_room_is_a_span_between_two_decisions(stand: Stand) -
     session.call.cancel()
 
 
+async def test_a_held_request_that_nobody_is_left_for_has_waited_and_was_then_decided_on(
+    stand: Stand,
+) -> None:
+    worker = await stand.add(DECODE, "d", SMALL)
+    with tracing.giving_to(spans := KeptSpans()):
+        session = await _beside_a_large_request(stand, SAMPLED)
+        await worker.die()
+        await until(lambda: any(span.name == "route" for span, *_ in spans.ended))
+    held, after, route = (each for each in spans.ended[-3:])
+    assert [span.name for span, *_ in (held, after, route)] == ["held", "decide", "route"]
+    assert held[2]["switchgear.hold_outcome"] == "failed"
+    assert after[0].began_at_ns == held[1]
+    assert route[3] == "NO_LIVE_INSTANCE"
+    session.call.cancel()
+
+
 async def test_the_span_of_a_held_request_that_is_cancelled_ends_with_it(stand: Stand) -> None:
     await stand.add(DECODE, "d", SMALL)
     with tracing.giving_to(spans := KeptSpans()):
