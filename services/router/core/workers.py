@@ -105,7 +105,8 @@ class Worker:
         """Prompt tokens ahead of a request that came now."""
         self.has_prompt_coming = False
         """Whether a prompt waits there for a step to begin, which a request that came now would be
-        in, too. What it has counted with the message of a step is in the step that began then."""
+        in, too: one that it has said to wait, or that is on its way. What it has said to run is in
+        the step that has begun."""
         self.active_kv_blocks = 0
         """Blocks of sequences in progress, and of those on their way."""
         self.kv_room_tokens = UNKNOWN_ROOM_TOKENS
@@ -149,9 +150,11 @@ class Worker:
 
     def _add_up(self) -> None:
         load = self._load
-        self.requests = load.running_requests + load.waiting_requests + self.booked_requests
+        waiting = load.waiting_requests + self.booked_requests
+        self.requests = load.running_requests + waiting
         self.queued_prefill_tokens = load.queued_prefill_tokens + self.booked_prefill_tokens
         self.active_kv_blocks = load.active_kv_blocks + self.booked_kv_blocks
         # An idle worker begins a step with the first request that comes.
-        begun = 0 if load.running_requests or load.waiting_requests else 1
-        self.has_prompt_coming = self.booked_prefill_tokens > 0 and self.booked_requests > begun
+        begun = 0 if load.running_requests else 1
+        has_prompts = load.waiting_requests > 0 or self.booked_prefill_tokens > 0
+        self.has_prompt_coming = has_prompts and waiting > begun

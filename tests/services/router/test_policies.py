@@ -26,7 +26,13 @@ REQUEST = Request(model="m", prompt_tokens=64, block_size_tokens=SIZE)
 
 
 def worker(
-    number: int, *, queued: int = 0, active: int = 0, running: int = 0, total: int = 0
+    number: int,
+    *,
+    queued: int = 0,
+    active: int = 0,
+    running: int = 0,
+    waiting: int = 0,
+    total: int = 0,
 ) -> Worker:
     made = Worker(
         instance_id=InstanceId(number),
@@ -37,6 +43,7 @@ def worker(
     )
     made.load = Load(
         running_requests=running,
+        waiting_requests=waiting,
         queued_prefill_tokens=queued,
         active_kv_blocks=active,
         total_kv_blocks=total,
@@ -81,6 +88,7 @@ fleets = st.lists(
         st.integers(0, 5_000),
         st.integers(0, 300),
         st.integers(0, 40),
+        st.integers(0, 3),
         st.integers(0, 400),
         st.lists(st.integers(1, 900), max_size=3),
     ),
@@ -98,7 +106,7 @@ weights = st.floats(0, 5)
     st.integers(0, 99),
 )
 def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
-    fleet: list[tuple[int, int, int, int, list[int]]],
+    fleet: list[tuple[int, int, int, int, int, list[int]]],
     prompt_tokens: int,
     held: dict[int, int],
     prices: tuple[float, float, float, float],
@@ -109,8 +117,12 @@ def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
     expected = {}
     roomy = []
     overlaps: dict[InstanceId, int] = {}
-    for number, (queued, active, running, total, booked) in enumerate(fleet, start=1):
-        workers.append(worker(number, queued=queued, active=active, running=running, total=total))
+    for number, (queued, active, running, waiting, total, booked) in enumerate(fleet, start=1):
+        workers.append(
+            worker(
+                number, queued=queued, active=active, running=running, waiting=waiting, total=total
+            )
+        )
         for tokens in booked:
             workers[-1].book(Booking(tokens, 0))
         blocks = min(held.get(number, 0), prompt_tokens // SIZE)
@@ -119,9 +131,9 @@ def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
         kv = (active + math.ceil(prompt_tokens / SIZE) - blocks) * SIZE
         expected[number] = prefill * (queued + sum(booked) + new) + decode * kv
         # The first one to come begins a step of an idle worker at once.
-        waiting_for_a_step = booked if running else booked[1:]
-        step = 0 if waiting_for_a_step else STEP_TOKENS
-        requests = running + len(booked)
+        waiting_for_a_step = waiting + len(booked) - (not running)
+        step = 0 if waiting_for_a_step > 0 else STEP_TOKENS
+        requests = running + waiting + len(booked)
         expected[number] += stall * (new + step) * requests
         expected[number] += 128 * requests
         if total:
@@ -141,9 +153,24 @@ def test_kv_takes_the_cheapest_by_the_formula_of_those_with_room(
     assert [one.cost for one in decision.decode_candidates] == sorted(costs(decision).values())
 
 
+def test_a_prompt_waits_for_a_step_until_its_worker_says_that_it_runs() -> None:
+    """Workers tell their load amid a step, too, when a request has come."""
+    busy = worker(1, running=2)
+    coming = [busy.has_prompt_coming]
+    booking = Booking(100, 7)
+    busy.book(booking)
+    coming.append(busy.has_prompt_coming)
+    busy.load = Load(running_requests=2, waiting_requests=1, queued_prefill_tokens=100)
+    busy.unbook(booking)
+    coming.append(busy.has_prompt_coming)
+    busy.load = Load(running_requests=3, queued_prefill_tokens=100)
+    coming.append(busy.has_prompt_coming)
+    assert coming == [False, True, True, False]
+
+
 @given(fleets, st.integers(0, 99))
 def test_least_load_ignores_what_is_held(
-    fleet: list[tuple[int, int, int, int, list[int]]], seed: int
+    fleet: list[tuple[int, int, int, int, int, list[int]]], seed: int
 ) -> None:
     workers = [worker(n, queued=q, active=a) for n, (q, a, *_) in enumerate(fleet)]
     overlaps = {InstanceId(0): 4}
@@ -154,7 +181,7 @@ def test_least_load_ignores_what_is_held(
 
 @given(fleets, st.integers(0, 999))
 def test_power_of_two_takes_the_less_loaded_of_two(
-    fleet: list[tuple[int, int, int, int, list[int]]], seed: int
+    fleet: list[tuple[int, int, int, int, int, list[int]]], seed: int
 ) -> None:
     workers = [worker(n, queued=q, active=a) for n, (q, a, *_) in enumerate(fleet)]
     decision = decided(workers, policy="power-of-two", seed=seed)
