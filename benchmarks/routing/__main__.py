@@ -32,8 +32,7 @@ _AZURE_FILE = "AzureLLMInferenceTrace_conv.csv"
 CONVERSATIONS = "conversations"
 _CONVERSATIONS = 2_000
 _CONVERSATIONS_SEED = 1
-_LOAD_LAG_SECONDS = 0.02
-"""Between a worker's load and one of several routers knowing it."""
+_SPREAD_SEED = 1
 
 ROWS = {
     "8x2": Row(workers=8, speed_up=2),
@@ -42,6 +41,8 @@ ROWS = {
     "8x3": Row(workers=8, speed_up=3),
     "32x6": Row(workers=32, speed_up=6),
     "8x2-3-routers": Row(workers=8, speed_up=2, routers=3),
+    "8x2-spread": Row(workers=8, speed_up=2, is_spread=True),
+    "8x2-spread-3-routers": Row(workers=8, speed_up=2, is_spread=True, routers=3),
     "16x4-shared": Row(workers=16, speed_up=4, system_prompt_tokens=8_192),
     "2+6x2": Row(workers=6, speed_up=2, prefill_workers=2),
     "4+4x2": Row(workers=4, speed_up=2, prefill_workers=4),
@@ -187,7 +188,9 @@ def _variant(trace_file: Path, row: Row, requests: int | None, scratch: Path) ->
     if row.system_prompt_tokens:
         blocks = row.system_prompt_tokens // trace.TRACE_BLOCK_TOKENS
         arrivals = trace.with_system_prompt(arrivals, blocks)
-    written = scratch / f"{row.trace}{row.system_prompt_tokens}.jsonl"
+    if row.is_spread:
+        arrivals = trace.spread(arrivals, trace.MOONCAKE_TICK_SECONDS, seed=_SPREAD_SEED)
+    written = scratch / f"{row.trace}{row.system_prompt_tokens}{row.is_spread}.jsonl"
     trace.write(written, arrivals)
     return written
 
@@ -213,7 +216,6 @@ def _ours(trace_file: Path, row: Row, policy: str) -> Run:
             prefill_workers=row.prefill_workers,
             block_size_tokens=_BLOCK_SIZE_TOKENS,
             routers=row.routers,
-            load_lag_seconds=_LOAD_LAG_SECONDS if row.routers > 1 else 0.0,
         ),
     ).run(progress)
     served = [

@@ -7,7 +7,9 @@ the services pass over the wire, when it would arrive:
     a request is decided on at its arrival, with the loads and the index as known then
     once a prefill worker has computed a prompt its decode worker is chosen, and pulls in no time
     while no decode worker has room a request is held back, and tried again with each load
-    a worker's load comes with the message of every step, and takes over what was booked before
+    a worker's load comes with the message of a step to each router that has a request in it, and
+    soon after it has changed much to all of them, as workers tell it (libs/worker); it takes over
+    what was booked before
     its KV events are gathered for a while, as workers do, before the index has them
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -31,10 +33,13 @@ from libs.engine.interface import (
     Leg,
     Prefilled,
     RequestKey,
+    Step,
 )
 from libs.engine.sim.core.scheduler import TRANSFER_BACKEND, Scheduler, SchedulerLimits
 from libs.engine.sim.core.timing import TimingModel, dynamo_mocker
 from libs.engine.sim.core.tokens import TokenSource
+from libs.worker.core.session import Session
+from libs.worker.load_spreading import LoadSpreading
 from services.kv_indexer.core.index import FastestIndex
 from services.router.core.decision import Candidate, Decision, Policy, Prompt, Request, decide
 from services.router.core.held import HeldRequests, longest_wait_seconds
@@ -42,6 +47,9 @@ from services.router.core.predicted_overlap import PredictedOverlap
 from services.router.core.workers import Booking, InstanceId, Load, Role, Worker
 
 MODEL = "replayed"
+
+_WINDOW_RESPONSES = 1 << 62
+"""Routers read all that they are told at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +75,8 @@ class Terms:
     """How long a request is held back for room: our router's default."""
     routers: int = 1
     """Requests go to them in turn. They know nothing of each other."""
-    load_lag_seconds: float = 0.0
-    """Between a worker's load and a router knowing it."""
+    load_lag_seconds: float = 0.002
+    """Between a worker telling its load and a router knowing it."""
     seed: int = 0
 
 
@@ -108,6 +116,9 @@ class _Engine:
     instance: InstanceId
     role: Role
     scheduler: Scheduler
+    sessions: list[Session] = field(default_factory=list)
+    """What each router has not been told yet, in their order."""
+    spreading: LoadSpreading = field(init=False)
     is_stepping: bool = False
 
 
@@ -172,6 +183,12 @@ class Replay:
         ]
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = 0
+        self._now = 0.0
+        for engine in self._engines:
+            for router in range(terms.routers):
+                wake = partial(self._wake_session, engine, router)
+                engine.sessions.append(Session(wake, _WINDOW_RESPONSES))
+            engine.spreading = LoadSpreading(engine.sessions, engine.scheduler.load, self)
         self._hashes: dict[RequestKey, list[int]] = {}
         """Of the prompts in progress."""
         self._routed: dict[RequestKey, _Routed] = {}
@@ -217,8 +234,11 @@ class Replay:
         worker.is_available = True
         return worker
 
+    def _router_number(self, key: RequestKey) -> int:
+        return key % len(self._routers)
+
     def _router(self, key: RequestKey) -> _Router:
-        return self._routers[key % len(self._routers)]
+        return self._routers[self._router_number(key)]
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[Outcome]:
         """Until everything has ended. `progress` is told now and then how many have arrived."""
@@ -228,15 +248,21 @@ class Replay:
             if arrived < len(arrivals) and (
                 not agenda or arrivals[arrived].at_seconds <= agenda[0][0]
             ):
+                self._now = arrivals[arrived].at_seconds
                 self._arrive(arrivals[arrived])
                 arrived += 1
                 if not arrived % 1_000:
                     progress(arrived)
             else:
                 now, _, act = heapq.heappop(agenda)
+                self._now = now
                 act(now)
         assert not self._hashes, f"{len(self._hashes)} requests never ended"
         return self.outcomes
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> None:
+        """The event loop of the workers."""
+        self._at(self._now + delay, lambda _: callback())
 
     def _at(self, time: float, act: Callable[[float], None]) -> None:
         self._order += 1
@@ -308,7 +334,9 @@ class Replay:
         seen.worker.book(chosen.booking)
         seen.sent += 1
         seen.bookings.append((seen.sent, chosen.booking))
+        engine.sessions[self._router_number(key)].command(seen.sent, 0)
         self._submit(engine, key, routed.prompt, now, leg, session)
+        engine.spreading.changed()
 
     def _decide(self, router: _Router, routed: _Routed, hashes: Sequence[int]) -> Decision:
         overlaps = router.predicted.overlap(hashes)
@@ -366,7 +394,9 @@ class Replay:
         engine.is_stepping = seconds is not None
         if seconds is not None:
             self._at(now + seconds, lambda now: self._end(engine, now))
-        elif (expiry := scheduler.next_expiry) is not None:
+            return
+        engine.spreading.changed()
+        if (expiry := scheduler.next_expiry) is not None:
             self._at(expiry, lambda now: self._wake(engine, now))
 
     def _end(self, engine: _Engine, now: float) -> None:
@@ -383,7 +413,9 @@ class Replay:
             self.outcomes[finish.key].last_token_at = now
             hashes = self._hashes.pop(finish.key)
             self._router(finish.key).predicted.ended(engine.instance, hashes)
-        self._tell_load(engine, now)
+        for router in {self._router_number(key) for key in _keys(step)}:
+            engine.sessions[router].flush()
+        engine.spreading.changed()
         if events := engine.scheduler.take_events():
             self._at(
                 now + self._terms.kv_event_lag_seconds,
@@ -404,8 +436,15 @@ class Replay:
         )
         self._route(key, now)
 
-    def _tell_load(self, engine: _Engine, now: float) -> None:
-        its = engine.scheduler.load()
+    def _wake_session(self, engine: _Engine, router: int) -> None:
+        # With the step that begins now, as a worker writes after everything else.
+        self._at(self._now, lambda now: self._tell(engine, router, now))
+
+    def _tell(self, engine: _Engine, number: int, now: float) -> None:
+        response = engine.sessions[number].take(engine.scheduler.load)
+        if response is None:
+            return
+        its = response.load
         load = Load(
             its.running_requests,
             its.waiting_requests,
@@ -413,20 +452,16 @@ class Replay:
             its.active_kv_blocks,
             its.total_kv_blocks,
         )
-        seen = [router.seen[engine.instance - 1] for router in self._routers]
-        taken = [one.sent for one in seen]
+        router = self._routers[number]
+        seen = router.seen[engine.instance - 1]
 
-        def tell(now: float) -> None:
-            for router, one, its_taken in zip(self._routers, seen, taken, strict=True):
-                one.tell(load, its_taken)
-                if router.held and engine.role is Role.DECODE:
-                    for key in router.held.to_try(partial(_room, one.worker)):
-                        self._route(key, now)
+        def learn(now: float) -> None:
+            seen.tell(load, response.taken_sequence_number)
+            if router.held and engine.role is Role.DECODE:
+                for key in router.held.to_try(partial(_room, seen.worker)):
+                    self._route(key, now)
 
-        if self._terms.load_lag_seconds:
-            self._at(now + self._terms.load_lag_seconds, tell)
-        else:
-            tell(now)
+        self._at(now + self._terms.load_lag_seconds, learn)
 
     def _index_events(self, instance: InstanceId, events: Sequence[EngineKvEvent]) -> None:
         """This engine names blocks by their sequence hashes, and holds no block without those
@@ -436,6 +471,13 @@ class Replay:
                 self._index.store(instance, [_sequence_hash(h) for h in event.engine_hashes])
             elif isinstance(event, EngineBlocksRemoved):
                 self._index.discard(instance, [_sequence_hash(h) for h in event.engine_hashes])
+
+
+def _keys(step: Step) -> Iterator[RequestKey]:
+    """Whose client hears of the step."""
+    yield from step.keys
+    yield from (finish.key for finish in step.finishes)
+    yield from (prefilled.key for prefilled in step.prefilled)
 
 
 def _room(worker: Worker) -> dict[InstanceId, int]:

@@ -29,7 +29,9 @@ class Row(_Record):
     trace: str = ""
     """Another one than the benchmark's, by name."""
     routers: int = 1
-    """That get requests in turn, and learn of loads late."""
+    """That get requests in turn."""
+    is_spread: bool = False
+    """Arrivals within the seconds that the trace's times are rounded to, not all at once."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -38,7 +40,9 @@ class Row(_Record):
         prompt = f", {self.system_prompt_tokens:,} shared" if self.system_prompt_tokens else ""
         trace = f"{self.trace}, " if self.trace else ""
         routers = f", {self.routers} routers" if self.routers > 1 else ""
-        return f"{trace}{prefill}{self.workers} workers, {self.speed_up:g}x{prompt}{routers}"
+        spread = ", spread" if self.is_spread else ""
+        load = f"{prefill}{self.workers} workers, {self.speed_up:g}x"
+        return f"{trace}{load}{prompt}{spread}{routers}"
 
 
 class Served(_Record):

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import count, islice
 from pathlib import Path
+from random import Random
 
 TRACE_BLOCK_TOKENS = 512
 """What a hash id of Mooncake's traces stands for."""
+
+MOONCAKE_TICK_SECONDS = 3.0
+"""Its times are multiples of this, so that some ten requests come at each."""
 
 _SHARED_ID = 1 << 30
 """Above any id of a trace; token ids are 32 bits wide."""
@@ -113,6 +117,17 @@ def write(path: Path, arrivals: Sequence[Arrival]) -> None:
                 "hash_ids": arrival.block_ids,
             }
             lines.write(json.dumps(record) + "\n")
+
+
+def spread(arrivals: Sequence[Arrival], seconds: float, *, seed: int) -> list[Arrival]:
+    """The same requests, each later by some part of so many seconds: for a trace that tells times
+    only so finely. In order of arrival; the same for the same seed."""
+    random = Random(seed)
+    later = [
+        replace(arrival, at_seconds=arrival.at_seconds + random.random() * seconds)
+        for arrival in arrivals
+    ]
+    return sorted(later, key=lambda arrival: arrival.at_seconds)
 
 
 def with_system_prompt(arrivals: Sequence[Arrival], blocks: int) -> list[Arrival]:

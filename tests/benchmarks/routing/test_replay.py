@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -154,6 +155,16 @@ def test_three_routers_that_learn_of_loads_late_find_as_much_cached_as_one() -> 
     assert reuse[3] > reuse[1] - 0.01
 
 
+def test_a_router_learns_of_another_ones_request_before_the_step_with_it_ends() -> None:
+    """A prompt of 8,000 tokens takes 165 ms; the second request comes after 20."""
+    prompt = tuple(range(16))
+    arrivals = [Arrival(0.0, 8_000, 2, prompt), Arrival(0.02, 8_000, 2, prompt[::-1])]
+    for seed in range(10):
+        terms = Terms(workers=2, routers=2, seed=seed)
+        first, second = Replay(arrivals, Policy(), terms).run()
+        assert first.worker != second.worker
+
+
 def test_requests_that_a_full_worker_refuses_are_misses() -> None:
     arrivals = conversations(40, every_seconds=0)
     terms = Terms(workers=2, max_waiting_requests=5)
@@ -201,6 +212,20 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert trace.read(tmp_path / "trace.jsonl") == arrivals
     faster = trace.read(tmp_path / "trace.jsonl", speed_up=2, requests=5)
     assert [one.at_seconds for one in faster] == [one.at_seconds / 2 for one in arrivals[:5]]
+
+
+def test_arrivals_are_spread_over_the_seconds_after_their_recorded_times() -> None:
+    arrivals = conversations(40, every_seconds=1, burst=8)
+    spread = trace.spread(arrivals, 3, seed=0)
+    assert spread == trace.spread(arrivals, 3, seed=0)
+    times = [one.at_seconds for one in spread]
+    assert times == sorted(set(times))
+    recorded = {one.block_ids: one for one in arrivals}
+    assert len(recorded) == len(spread)
+    for one in spread:
+        before = recorded[one.block_ids]
+        assert 0 <= one.at_seconds - before.at_seconds < 3
+        assert replace(one, at_seconds=before.at_seconds) == before
 
 
 @pytest.mark.parametrize(
