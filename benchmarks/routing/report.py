@@ -25,9 +25,11 @@ tokens. The index learns of blocks 50 ms late, as in service. Theirs is Dynamo's
 with its defaults, where the router learns of blocks at once. That the two simulators are alike is
 to be seen from the round-robin lines, where nothing depends on what a router knows. Policies never
 see the length of an output, nor what is still to come. Dynamo's replay has no policy by load alone,
-and one router; several of ours take requests in turn, know nothing of each other, and learn of
-loads 20 ms late. In a disaggregated set-up, "2 + 6 workers" are 2 that compute prompts and 6 that
-decode; KV moves in no time in both systems.
+and one router; several of ours take requests in turn, and know nothing of each other. Workers tell
+routers their loads as in service, with each step and 5 ms after a request has come, and that takes
+2 ms. The trace's times are multiples of 3 s, so that ten requests or so arrive at one instant; in
+the rows *spread* they arrive within those 3 s. In a disaggregated set-up, "2 + 6 workers" are 2
+that compute prompts and 6 that decode; KV moves in no time in both systems.
 *Conversations* are made up (`benchmarks/routing/synthetic.py`), *azure* is Azure's LLM inference
 trace, which tells of lengths alone.
 """
