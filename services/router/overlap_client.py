@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import grpc
 from prometheus_client import Histogram
@@ -39,6 +39,18 @@ _Key: TypeAlias = tuple[str, int]
 """An indexer's address and instance id: one that was started again may be another version."""
 
 
+class _Failure(NamedTuple):
+    """An indexer did not answer, or has not answered yet."""
+
+    at_seconds: float
+    """In the event loop's time."""
+    problem: str
+
+
+_NEVER = _Failure(0.0, "not asked in time")
+"""Of one that has not failed to answer."""
+
+
 class OverlapClient:
     """A queue of questions, and one call at a time that takes them all along.
 
@@ -65,10 +77,9 @@ class OverlapClient:
         ] = []
         self._news = asyncio.Event()
         self._links: dict[_Key, IndexerLink] = {}
-        self._failed_at: dict[_Key, float] = {}
-        """When an indexer last failed to answer, in the event loop's seconds."""
-        self._problems: dict[_Key, str] = {}
-        """What was wrong then."""
+        self._failures: dict[_Key, _Failure] = {}
+        """The last one of each indexer that has not answered since."""
+        self._no_answer = f"no answer in {timeout_seconds} s"
 
     async def find(self, queries: Sequence[kv_indexer_pb2.OverlapQuery]) -> list[Overlaps | None]:
         """Overlaps of each prompt, in order; None when they can't be known. Takes no longer than a
@@ -109,18 +120,16 @@ class OverlapClient:
         }
         for gone in self._links.keys() - listed.keys():
             await self._links.pop(gone).close()
-        for gone in self._failed_at.keys() - listed.keys():
-            del self._failed_at[gone]
-            self._problems.pop(gone, None)
+        for gone in self._failures.keys() - listed.keys():
+            del self._failures[gone]
         loop = asyncio.get_running_loop()
         # One that is stuck takes all the time there is: it comes last next time. The others come in
         # a set's order, which is another one in each router.
-        ordered = sorted(set(listed), key=lambda indexer: self._failed_at.get(indexer, 0.0))
+        ordered = sorted(set(listed), key=lambda it: self._failures.get(it, _NEVER).at_seconds)
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 for indexer in ordered:
-                    self._failed_at[indexer] = loop.time()
-                    self._problems[indexer] = f"no answer in {self._timeout_seconds} s"
+                    failure = self._failures[indexer] = _Failure(loop.time(), self._no_answer)
                     address, _ = indexer
                     link = self._links.get(indexer)
                     if link is None:
@@ -130,7 +139,7 @@ class OverlapClient:
                         answers = _overlaps(response, len(queries))
                     except grpc.aio.AioRpcError as error:
                         log.debug("indexer failed", address=address, status=error.code().name)
-                        self._problems[indexer] = error.code().name
+                        self._failures[indexer] = failure._replace(problem=error.code().name)
                         self._opening.failed(address, "kv_indexer", error)
                         if link.certificate_version != self._opening.version:
                             await self._links.pop(indexer).close()
@@ -141,9 +150,9 @@ class OverlapClient:
                             address=address,
                             error=str(error),
                         )
-                        self._problems[indexer] = f"nonsense: {error}"
+                        self._failures[indexer] = failure._replace(problem=f"nonsense: {error}")
                     else:
-                        del self._failed_at[indexer], self._problems[indexer]
+                        del self._failures[indexer]
                         reasons = response.degraded_reasons
                         lacks = [self._lack(it, listed[indexer], address) for it in reasons]
                         self._degraded.report(TELLER, lacks)
@@ -166,7 +175,7 @@ class OverlapClient:
                 NO_KV_INDEXER,
                 name or indexer[0],
                 indexer[0],
-                details=self._problems.get(indexer, "not asked in time"),
+                details=self._failures.get(indexer, _NEVER).problem,
             )
             for indexer, name in sorted(listed.items())
         ]

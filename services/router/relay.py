@@ -255,7 +255,7 @@ class Relay:
         return True
 
     def _release(self, request: RelayedRequest, end: HoldEnd) -> None:
-        """It waits here no longer. Nothing happens if it did not."""
+        """It waits here no longer."""
         self._decider.waiting_room.leave(request.place, end)
         if request.trace is not None:
             request.trace.held_no_longer(end)
